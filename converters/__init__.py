@@ -6,10 +6,10 @@ key-table engine (`tables`) knows no file. What a converter module holds:
 
     MODEL                              the family's class
     keys(config)                       the key table
-    recognise(state) -> Layout | None  whether a state dict is this family's, and how it lies there
+    recognise(state) -> Layout | None  how a state dict of this family is laid out; None: another's
     configure(state, published, where) -> (config, notes)
                                        published: config.json's fields, or None; those of other
-                                       JSON files beside it stand under the file's stem
+                                       JSON files beside it are found under the file's stem
                                        ("generation_config")
     published(config)                  the fields of config.json, other files under their stem
 and, where there is something to say:
@@ -44,7 +44,7 @@ import numpy as np
 from converters import originals, tables
 from converters.fields import uneven_layers
 from converters.layout import Layout
-from converters.originals import Original, converter, read_json, read_yaml
+from converters.originals import Original, converter, read_config_json, read_yaml
 from converters.pickles import CheckpointError, Placeholder, shortened
 from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import hub, storage, trees
@@ -92,21 +92,21 @@ def import_checkpoint(
       for a hub name also what `ltsm_jax.load` raises.
     """
     if dst is not None:
-        folders.require_free(dst, overwrite)
+        folders.require_writable(dst, overwrite)
     path, fetched = _on_disk(src, accept_license)
     if dst is not None and _is_in(path, storage.user_path(dst)):
         raise FileExistsError(
             f"{path} lies in {dst}, which would be replaced; choose another folder"
         )
-    original = originals.read(path)
+    original = originals.read_original(path)
     family, layout, original = originals.family_of(original)
     stripped, copies, problems = layout.strip(original.state)
     if missing := uneven_layers(stripped):
         raise CheckpointError(f"{original.path}: {missing}. Save the model's state_dict() again.")
     published = _published(
-        original, config, getattr(family, "BESIDE", ()), getattr(family, "BESIDE_YAML", None)
+        original, config, getattr(family, "BESIDE", ()), older=getattr(family, "BESIDE_YAML", None)
     )
-    model, notes = _model(family, stripped, published, original.path)
+    model, notes = _model(family, stripped, published, path=original.path)
     model_config = model.config
     what = f"{original.path}: {model.family} {shortened(str(model_config), 250)}"
     if published is None:
@@ -123,6 +123,7 @@ def import_checkpoint(
         problems=problems,
     )
     dtypes = set(converted.dtypes.values())
+    extras = {name: value for name, value in original.extras.items() if _is_plain(value)}
     aliases = set()
     for alias in layout.aliases:
         if any(key.startswith(layout.outer + alias) for key in copies):
@@ -139,8 +140,8 @@ def import_checkpoint(
         "dtype": dtypes.pop() if len(dtypes) == 1 else converted.dtypes,
         "dropped": copies | converted.dropped,
         "copies": converted.copies,
-        "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
-        "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
+        "extras": extras,
+        "ignored": [name for name in original.extras if name not in extras],
         "assumed": notes,
         "notes": [*notes, *original.notes],
         **_published_facts(published, _in_table(family.published, model_config, layout.table)),
@@ -195,7 +196,7 @@ def _shapes(model: Model, path: Path) -> trees.Tree:
     with any error.
     """
     try:
-        return folders.shapes(model)
+        return folders.param_shapes(model)
     except Exception as err:
         raise CheckpointError(f"{path}: no {model.family} has these sizes: {_said(err)}") from err
 
@@ -272,7 +273,9 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
         imported_from in ("student", "nested") and container == "state_dict"
     )
     table = record.get("table", "") if alike else getattr(family, "TABLES", {}).get(file.suffix, "")
-    model, params, published, whole = _in_one_width(model, params, record, family, table)
+    model, params, published, whole = _in_one_width(
+        model, params, record, family=family, table=table
+    )
     told = record.get("dtype", "float32")
     state, wider = tables.to_state(_in_table(family.keys, model.config, table), params, told)
     notes = whole + [
@@ -298,7 +301,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
         layout = Layout("model." if container == "lightning" else "")
     content: dict[str, Any] = layout.dress(state)
     if table == record.get("table", ""):
-        published = _as_published(published, record.get("published", {}), family, state)
+        published = _as_published(published, record.get("published", {}), family, state=state)
     beside: dict[Path, Any] = {}
     if container != "lightning":  # no room for what the shapes do not say
         others = {Path(name).stem for name in getattr(family, "BESIDE", ())}
@@ -307,7 +310,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
             file.with_name(f"{name}.json"): fields
             for name, fields in {"config": published, **parts}.items()
         }
-    _require_free(file, beside, folder, overwrite, alone=file is dst)
+    _require_free(file, beside, folder, overwrite=overwrite, alone=file is dst)
     file.parent.mkdir(parents=True, exist_ok=True)
     if container == "safetensors":
         write_safetensors(file, content, overwrite=overwrite)
@@ -320,7 +323,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
             }
         write_torch(file, content, overwrite=overwrite)
     for path, fields in beside.items():
-        notes += _write_beside(path, fields, file, overwrite)
+        notes += _write_beside(path, fields, file, overwrite=overwrite)
     return notes
 
 
@@ -358,7 +361,7 @@ def _in_one_width(
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, links followed."""
+    """Return whether a path is a folder or lies in it, links followed."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
@@ -387,18 +390,18 @@ def _require_free(
     if file.exists() and not _is_checkpoint(file):
         raise FileExistsError(f"{file} is no checkpoint, and is not replaced; choose another name")
     for path, fields in beside.items():
-        if not path.exists() or (alone and not overwrite) or read_json(path) == fields:
+        if not path.exists() or (alone and not overwrite) or read_config_json(path) == fields:
             continue
         if not overwrite:
             raise FileExistsError(f"{path} is there already; choose another folder or overwrite it")
-        if not _is_like(read_json(path), fields):
+        if not _is_like(read_config_json(path), fields):
             raise FileExistsError(
                 f"{path} is of something else, and is not replaced; choose another place"
             )
 
 
 def _is_checkpoint(file: Path) -> bool:
-    """Whether a file begins as one that an export writes."""
+    """Return whether a file begins as one that an export writes."""
     with file.open("rb") as stream:
         start = stream.read(9)
     if file.suffix == ".safetensors":
@@ -407,15 +410,15 @@ def _is_checkpoint(file: Path) -> bool:
 
 
 def _is_like(found: Any, fields: Mapping[str, Any]) -> bool:
-    """Whether JSON holds what an earlier export wrote: most of the fields, with these or other
-    values.
+    """Return whether JSON holds what an earlier export wrote: most of the fields, with these or
+    other values.
     """
     return isinstance(found, dict) and 2 * len(fields.keys() & found.keys()) >= len(fields)
 
 
 def _write_beside(path: Path, fields: Mapping[str, Any], file: Path, overwrite: bool) -> list[str]:
     if path.exists():
-        if read_json(path) == fields:
+        if read_config_json(path) == fields:
             return []
         if not overwrite:
             return [
@@ -521,20 +524,22 @@ def _on_disk(src: str | Path, accept_license: bool) -> tuple[Path, dict[str, Any
     its origin.
     """
     path = folders.local(src)
-    name = hub.parse(str(src)) if path is None else None
+    name = hub.parse_name(str(src)) if path is None else None
     if name is None:
         return path or storage.user_path(src), {}
-    found = hub.find(name, converted=False)
+    found = hub.resolve(name, converted=False)
     file, facts = hub.download(
         found, accept_license=accept_license, known=folders.published_licence(name)
     )
     if found.why:
-        hub.say(f"{found.why}; these are the files of commit {found.commit[:7]}, from the cache")
+        hub.print_note(
+            f"{found.why}; these are the files of commit {found.commit[:7]}, from the cache"
+        )
     return file, facts
 
 
 def _is_plain(value: object) -> bool:
-    """Whether an extra of a Lightning file is worth keeping: a short text or a number."""
+    """Return whether an extra of a Lightning file is worth keeping: a short text or a number."""
     if isinstance(value, str):
         return len(value) <= 200 and value.isprintable()
     return isinstance(value, bool) or (isinstance(value, (int, float)) and abs(value) < 2**63)
@@ -573,7 +578,7 @@ def _published(
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
+    found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_config_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(
             f"{path}: an object of hyper-parameters was expected. Mend or move it."

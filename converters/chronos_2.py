@@ -102,7 +102,7 @@ def configure(
     told = Fields(published, where)
     chronos = published.get("chronos_config")
     if isinstance(chronos, Mapping):
-        inside = _chronos_fields(chronos, wide, out, where)
+        inside = _chronos_fields(chronos, wide, out, where=where)
         told.problems += [f"chronos_config.{problem}" for problem in inside.problems]
     else:
         told.problems.append(

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
-from converters.tables import listed
+from converters.tables import problem_list
 from converters.torch_files import CheckpointError, quoted
 
 # the deepest published model has 50: a small file must not make us build thousands of layers
@@ -120,7 +120,7 @@ class Fields:
             except (ValueError, TypeError, OverflowError, RecursionError) as e:
                 self.problems.append(str(e)[:500])
         raise CheckpointError(
-            listed(f"{self.where}: the config does not go with the weights:", self.problems)
+            problem_list(f"{self.where}: the config does not go with the weights:", self.problems)
         )
 
     def _told(self, name: str, default: Any) -> Any:
@@ -141,7 +141,9 @@ def _whole(value: Any) -> bool:
 
 
 def are_levels(value: Any) -> TypeGuard[Sequence[float]]:
-    """Whether a value can be the quantile levels of a model: 1 to 999 numbers between 0 and 1."""
+    """Return whether a value can be the quantile levels of a model: 1 to 999 numbers between 0 and
+    1.
+    """
     if not isinstance(value, list | tuple) or not 0 < len(value) <= 999:
         return False
     return all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1 for x in value)
@@ -179,8 +181,8 @@ def uneven_layers(state: Mapping[str, Any]) -> str | None:
 
 
 def layer_count(state: Mapping[str, Any], pattern: str) -> int | None:
-    """How many layers the keys count, from 0 without a gap; None where they don't. pattern: up to
-    the number.
+    """Count the layers of the keys, from 0 without a gap; None where they don't. pattern: up to the
+    number.
     """
     found = {int(m[1]) for key in state if (m := re.match(pattern, key)) and len(m[1]) < 7}
     return len(found) if found and found == set(range(len(found))) else None

@@ -58,8 +58,13 @@ def configure(
     if "distr_output" not in published:
         problems.append("distr_output: missing")
     required = ("d_model", "num_layers")
-    return packed.read_config(
-        published, sizes, required, problems, MoiraiConfig.from_published, where
+    return packed.build_config(
+        published,
+        sizes,
+        required,
+        problems=problems,
+        build=MoiraiConfig.from_published,
+        where=where,
     ), []
 
 

@@ -76,8 +76,13 @@ def configure(
     ):
         sizes["num_predict_token"] = shapes[OUT][0] // n // sizes["patch_size"]
     required = ("patch_size", "d_model", "d_ff", "num_layers", "num_predict_token")
-    return packed.read_config(
-        published, sizes, required, problems, Moirai2Config.from_published, where
+    return packed.build_config(
+        published,
+        sizes,
+        required,
+        problems=problems,
+        build=Moirai2Config.from_published,
+        where=where,
     ), []
 
 

@@ -65,8 +65,13 @@ def configure(
     required = ["d_model", "num_layers"]
     if published.get("d_ff") is not None:
         required.append("d_ff")
-    return packed.read_config(
-        published, sizes, required, problems, MoiraiMoeConfig.from_published, where
+    return packed.build_config(
+        published,
+        sizes,
+        required,
+        problems=problems,
+        build=MoiraiMoeConfig.from_published,
+        where=where,
     ), []
 
 

@@ -48,7 +48,7 @@ class Original:
     notes: tuple[str, ...] = ()  # what was done to find the state dict
 
 
-def read(src: str | Path) -> Original:
+def read_original(src: str | Path) -> Original:
     """Read the checkpoint of a file, of the index of several, or of a folder with one in it.
 
     Raises: CheckpointError for anything that holds no state dict.
@@ -64,7 +64,14 @@ def read(src: str | Path) -> Original:
             raise CheckpointError(
                 f"{path}: the file is empty: it holds no tensor. Save the model's state_dict()."
             )
-        return Original(path, (path,), "safetensors", "safetensors", tensors, {})
+        return Original(
+            path=path,
+            files=(path,),
+            format="safetensors",
+            container="safetensors",
+            state=tensors,
+            extras={},
+        )
     file = read_torch(path)
     content = file.content
     if isinstance(content, Placeholder):
@@ -103,7 +110,15 @@ def read(src: str | Path) -> Original:
     extras = {k: named[k] for k in list(named)[:100] if k != nest[0]} if nest else {}
     container = _CONTAINERS.get(nest, "nested")
     notes = wrappers.nest_notes(nest, aside)
-    return Original(path, (path,), file.container, container, state, extras, tuple(notes))
+    return Original(
+        path=path,
+        files=(path,),
+        format=file.container,
+        container=container,
+        state=state,
+        extras=extras,
+        notes=tuple(notes),
+    )
 
 
 def _only_file(folder: Path) -> Path:
@@ -125,7 +140,7 @@ def _only_file(folder: Path) -> Path:
 
 def _read_shards(index: Path) -> Original:
     """A checkpoint in several files: what `weight_map` of the index says, no more and no less."""
-    listed = read_json(index)
+    listed = read_config_json(index)
     table = listed.get("weight_map") if isinstance(listed, dict) else None
     fits = (
         isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
@@ -150,7 +165,7 @@ def _read_shards(index: Path) -> Original:
         )
         raise CheckpointError(f"{index}: {shown} not there. Fetch all {len(names)} files.")
     state, problems = {}, []
-    parts = [read(index.parent / name) for name in names]
+    parts = [read_original(index.parent / name) for name in names]
     for name, part in zip(names, parts, strict=True):
         for key, value in part.state.items():
             if table.get(key) != name:
@@ -163,10 +178,18 @@ def _read_shards(index: Path) -> Original:
     ]
     if problems:
         raise CheckpointError(
-            tables.listed(f"{index}: the files do not go with the index:", problems)
+            tables.problem_list(f"{index}: the files do not go with the index:", problems)
         )
     files = tuple(index.parent / name for name in names)
-    return Original(index, files, parts[0].format, parts[0].container, state, {}, parts[0].notes)
+    return Original(
+        path=index,
+        files=files,
+        format=parts[0].format,
+        container=parts[0].container,
+        state=state,
+        extras={},
+        notes=parts[0].notes,
+    )
 
 
 def family_of(original: Original) -> tuple[Any, Layout, Original]:
@@ -274,7 +297,7 @@ def read_yaml(path: Path) -> Any:
         ) from None
 
 
-def read_json(path: Path) -> Any:
+def read_config_json(path: Path) -> Any:
     """Read a JSON file; CheckpointError where it is none, or has more bytes than one of a
     checkpoint.
     """

@@ -13,7 +13,7 @@ import numpy as np
 from converters.fields import MAX_LAYERS
 from converters.layers import pruned, told
 from converters.layout import Layout
-from converters.tables import SAME, TRANSPOSE, Rule, Transform, listed, split_in, split_out
+from converters.tables import SAME, TRANSPOSE, Rule, Transform, problem_list, split_in, split_out
 from converters.torch_files import CheckpointError, quoted
 
 LAYER = r"encoder\.layers\.(\d+)\."
@@ -52,12 +52,9 @@ def attention_keys(head_dim: int) -> list[Rule]:
     """The encoder without its feed-forward layers."""
     attn = LAYER + r"self_attn\."
     return [
-        *(
-            (attn + f"{n}_proj\\.weight", rf"layer_\1/attn/{n}/kernel", split_out(head_dim))
-            for n in "qkv"
-        ),
+        (attn + r"(q|k|v)_proj\.weight", r"layer_\1/attn/\2/kernel", split_out(head_dim)),
         (attn + r"out_proj\.weight", r"layer_\1/attn/out/kernel", split_in(head_dim)),
-        *((attn + rf"{n}_norm\.weight", rf"layer_\1/attn/{n}_norm/scale", SAME) for n in "qk"),
+        (attn + r"(q|k)_norm\.weight", r"layer_\1/attn/\2_norm/scale", SAME),
         (attn + r"var_attn_bias\.emb\.weight", r"layer_\1/attn/variate_bias", SAME),
         (LAYER + r"norm([12])\.weight", r"layer_\1/norm\2/scale", SAME),
         (r"encoder\.norm\.weight", "norm/scale", SAME),
@@ -150,7 +147,7 @@ def _is_size(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and 0 < x <= _LIMIT
 
 
-def read_config(
+def build_config(
     published: Mapping[str, Any],
     sizes: Mapping[str, Any],
     required: Sequence[str],
@@ -194,7 +191,9 @@ def read_config(
             RecursionError,
         ) as e:
             problems.append(str(e)[:500])
-    raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
+    raise CheckpointError(
+        problem_list(f"{where}: the config does not go with the weights:", problems)
+    )
 
 
 def preset_of(

@@ -290,7 +290,7 @@ _CONTAINERS: dict[str, type] = {
 
 
 def _latin1(text: object = None, encoding: object = None) -> bytes:
-    """How Python 3 writes bytes in an old pickle: `_codecs.encode(str, "latin1")`."""
+    """Encode as Python 3 writes bytes in an old pickle: `_codecs.encode(str, "latin1")`."""
     if not (
         isinstance(text, str) and isinstance(encoding, str) and encoding in ("latin1", "latin-1")
     ):
@@ -309,7 +309,7 @@ _ODD_KEYS = (float, complex)
 
 
 def _is_plain_key(value: Any) -> bool:
-    """Whether no file can make many of such keys collide."""
+    """Return whether no file can make many of such keys collide."""
     if isinstance(value, int) and not isinstance(value, bool):
         # Python's hash of an integer is its remainder: of wider ones, any number collide.
         return -_KEY_RANGE < value < _KEY_RANGE
@@ -861,7 +861,14 @@ def run_pickle(
     Raises: CheckpointError, whatever is wrong.
     """
     end = len(data) if end is None else end
-    pickle = _Pickle(data, start, end, persistent, builders, budget or Budget.of(end - start))
+    pickle = _Pickle(
+        data=data,
+        start=start,
+        end=end,
+        persistent=persistent,
+        builders=builders,
+        budget=budget or Budget.of(end - start),
+    )
     try:
         return pickle.run(), pickle.pos
     except (

@@ -48,15 +48,21 @@ def keys(config: SundialConfig) -> list[Rule]:
         (r"model\.norm", "norm"),
         (BLOCK + "in_ln", r"flow/block_\1_norm"),
     ]
+    of_linears: list[Rule] = []
+    for key, path in linears:
+        of_linears.append((rf"{key}\.weight", f"{path}/kernel", TRANSPOSE))
+        of_linears.append((rf"{key}\.bias", f"{path}/bias", SAME))
+    of_norms: list[Rule] = []
+    for key, path in norms:
+        of_norms.append((rf"{key}\.weight", f"{path}/scale", SAME))
+        of_norms.append((rf"{key}\.bias", f"{path}/bias", SAME))
     return [
         (LAYER + r"self_attn\.(q|k|v)_proj\.weight", r"layer_\1/attn/\2/kernel", split_out(k)),
         (LAYER + r"self_attn\.(q|k|v)_proj\.bias", r"layer_\1/attn/\2/bias", split_bias(k)),
         (LAYER + r"self_attn\.o_proj\.weight", r"layer_\1/attn/out/kernel", split_in(k)),
         (LAYER + r"ffn_layer\.(gate|up|down)_proj\.weight", r"layer_\1/mlp/\2/kernel", TRANSPOSE),
-        *((rf"{key}\.weight", f"{path}/kernel", TRANSPOSE) for key, path in linears),
-        *((rf"{key}\.bias", f"{path}/bias", SAME) for key, path in linears),
-        *((rf"{key}\.weight", f"{path}/scale", SAME) for key, path in norms),
-        *((rf"{key}\.bias", f"{path}/bias", SAME) for key, path in norms),
+        *of_linears,
+        *of_norms,
     ]
 
 

@@ -255,7 +255,9 @@ def _stacked(rules: Sequence[Rule]) -> list[re.Pattern]:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where in the parameters a rule writes: a whole parameter, or one row of a stacked one."""
+    """The place in the parameters that a rule writes: a whole parameter, or one row of a stacked
+    one.
+    """
 
     path: str
     slot: int | None = None
@@ -308,16 +310,26 @@ def to_params(
       is missing or written twice, every shape that differs, every tensor of another type, and
       every one with NaN or infinite values.
     """
+    # Problems are collected, so that one error lists all of them.
     leaves = trees.flatten(shapes)
-    reading = _Reading(rules, leaves, allow_cast, hints or {}, list(problems))
+    reading = _Reading(
+        rules=rules,
+        leaves=leaves,
+        allow_cast=allow_cast,
+        hints=hints or {},
+        problems=list(problems),
+    )
     state = reading.without_copies(state)
     absent = sorted(set(reading.expected.values()) - set(state))
     for key, value in state.items():
         reading.read(key, value, absent)
     reading.note_missing()
     if reading.problems:
-        raise CheckpointError(listed(f"{what}: the checkpoint does not fit:", reading.problems))
+        raise CheckpointError(
+            problem_list(f"{what}: the checkpoint does not fit:", reading.problems)
+        )
 
+    # A stacked parameter was written row by row.
     params = {}
     for path, leaf in leaves.items():
         if path in reading.wanted:
@@ -408,6 +420,8 @@ class _Reading:
             self.dropped[key] = f"not a parameter: {transform}"
             return
 
+        # One tensor may be several parameters: it is cut along its first axis, into equal parts
+        # unless the transform names their lengths.
         paths = _parts(match.expand(target))
         lengths = [length for length, _ in transform.parts]
         if len(paths) == 1:
@@ -482,7 +496,7 @@ class _Reading:
 
 
 def same_bytes(a: object, b: object) -> bool:
-    """Whether two tensors have one dtype, one shape and the same bytes."""
+    """Return whether two tensors have one dtype, one shape and the same bytes."""
     if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
         return False
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -534,7 +548,7 @@ def _unusable(value: np.ndarray, *, allow_cast: bool) -> str | None:
     return None
 
 
-def listed(head: str, problems: Sequence[str]) -> str:
+def problem_list(head: str, problems: Sequence[str]) -> str:
     """Join a headline and problems, a line each, to at most a screen.
 
     A hostile file must not make an endless message: lines are shortened, and the rest counted.
@@ -579,7 +593,7 @@ def to_state(
         key, transform, part = found
         pieces.setdefault(key, {})[part] = transform.inverse(place.of(flat))
     if unknown:
-        raise ValueError(listed("the original has no place for these parameters:", unknown))
+        raise ValueError(problem_list("the original has no place for these parameters:", unknown))
 
     state: dict[str, np.ndarray] = {}
     wider: list[str] = []

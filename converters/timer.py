@@ -25,7 +25,7 @@ from converters.tables import (
     SAME,
     TRANSPOSE,
     Rule,
-    listed,
+    problem_list,
     split_bias,
     split_in,
     split_out,
@@ -115,7 +115,7 @@ def configure(
     if published is None:
         if problems:
             raise CheckpointError(
-                listed(f"{where}: the sizes of the model can't be read:", problems)
+                problem_list(f"{where}: the sizes of the model can't be read:", problems)
             )
         return _assumed(sizes, where)
     problems = []  # the table will say what is wrong with the keys
@@ -140,7 +140,9 @@ def configure(
             )
         except (ValueError, TypeError, OverflowError, RecursionError) as e:
             problems.append(str(e)[:500])
-    raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
+    raise CheckpointError(
+        problem_list(f"{where}: the config does not go with the weights:", problems)
+    )
 
 
 def _sizes(state: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer
 from converters.layout import Layout
-from converters.tables import SAME, TRANSPOSE, Rule, listed, split_in, split_out
+from converters.tables import SAME, TRANSPOSE, Rule, problem_list, split_in, split_out
 from converters.torch_files import CheckpointError
 from ltsm_jax.models.timesfm_2p5 import DECILES, PRESETS, TimesFM2p5, TimesFM2p5Config
 
@@ -313,7 +313,9 @@ def _assumed(sizes: Mapping[str, int | None], where: str) -> tuple[TimesFM2p5Con
         ]
         unknown += ["layers: too many"] if size["layers"] > MAX_LAYERS else []
     if unknown:
-        raise CheckpointError(listed(f"{where}: the sizes of the model can't be read:", unknown))
+        raise CheckpointError(
+            problem_list(f"{where}: the sizes of the model can't be read:", unknown)
+        )
     try:
         config = TimesFM2p5Config.of(
             *(
@@ -339,42 +341,52 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
     layer = equal_layer(config.layers, "TimesFM")
-    d, columns = config.d_model, 1 + len(config.quantiles)
     if table == TRANSFORMERS:
-        if {config.embed_dim, config.point_dim, config.spread_dim} != {d}:
-            raise ValueError(
-                f"the transformers library has blocks as wide as the model ({d}); this one has "
-                "others"
-            )
-        return {
-            "activation": "swish",
-            "architectures": ["TimesFm2_5ModelForPrediction"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "context_length": config.max_context,
-            "decode_index": config.point_column,
-            "dtype": "float32",
-            "force_flip_invariance": config.force_flip_invariance,
-            "head_dim": config.head_dim,
-            "hidden_size": d,
-            "horizon_length": config.output_len,
-            # the port's default; what it does is not what `TimesFM2p5` does
-            "infer_is_positive": True,
-            "initializer_range": 0.02,
-            "intermediate_size": layer.ffn,
-            "max_position_embeddings": 16384,
-            "model_type": "timesfm2_5",
-            "num_attention_heads": layer.attn.heads,
-            "num_hidden_layers": len(config.layers),
-            "num_key_value_heads": layer.attn.heads,
-            "output_quantile_len": config.spread_len,
-            "patch_length": config.patch_len,
-            "quantiles": list(config.quantiles),
-            "rms_norm_eps": config.norm_eps,
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-            "use_bias": False,
-            "use_continuous_quantile_head": config.use_continuous_quantile_head,
-        }
+        return _transformers_config(config, layer)
+    return _definition(config, layer)
+
+
+def _transformers_config(config: TimesFM2p5Config, layer: LayerDims) -> dict[str, Any]:
+    """The config.json of the transformers library."""
+    d = config.d_model
+    if {config.embed_dim, config.point_dim, config.spread_dim} != {d}:
+        raise ValueError(
+            f"the transformers library has blocks as wide as the model ({d}); this one has others"
+        )
+    return {
+        "activation": "swish",
+        "architectures": ["TimesFm2_5ModelForPrediction"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "context_length": config.max_context,
+        "decode_index": config.point_column,
+        "dtype": "float32",
+        "force_flip_invariance": config.force_flip_invariance,
+        "head_dim": config.head_dim,
+        "hidden_size": d,
+        "horizon_length": config.output_len,
+        # the port's default; what it does is not what `TimesFM2p5` does
+        "infer_is_positive": True,
+        "initializer_range": 0.02,
+        "intermediate_size": layer.ffn,
+        "max_position_embeddings": 16384,
+        "model_type": "timesfm2_5",
+        "num_attention_heads": layer.attn.heads,
+        "num_hidden_layers": len(config.layers),
+        "num_key_value_heads": layer.attn.heads,
+        "output_quantile_len": config.spread_len,
+        "patch_length": config.patch_len,
+        "quantiles": list(config.quantiles),
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "use_bias": False,
+        "use_continuous_quantile_head": config.use_continuous_quantile_head,
+    }
+
+
+def _definition(config: TimesFM2p5Config, layer: LayerDims) -> dict[str, Any]:
+    """The fields of the original's Definition."""
+    d, columns = config.d_model, 1 + len(config.quantiles)
     if layer.attn.heads * config.head_dim != d:
         raise ValueError(
             f"the original TimesFM has model_dims = heads * head width, not {d} and "

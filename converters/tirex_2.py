@@ -24,7 +24,7 @@ from ltsm_jax.models.tirex_2 import (
     Kind,
     TiRex2,
     TiRex2Config,
-    activation_of,
+    activation_named,
 )
 
 MODEL = TiRex2
@@ -235,7 +235,7 @@ def _of_a_preset(sizes: tuple[Any, ...], state: Mapping[str, Any], where: str):
 
 
 def _kind(state: Mapping[str, Any], layer: int) -> str | None:
-    """Which recurrence a layer has by its tensors, under any of their names."""
+    """Tell the recurrence of a layer by its tensors, under any of their names."""
     for cell in ("fwd_cell", "rev_cell"):
         prefix = f"stack.{layer}.time_mixer.{cell}."
         for kind, name in (("mlstm", "q.weight"), ("slstm", "zgate.weight")):
@@ -266,7 +266,7 @@ def _check_activation(told: Fields) -> None:
         told.problems.append("act_func: missing, or not a name")
         return
     try:
-        activation_of(name)
+        activation_named(name)
     except ValueError as e:
         told.problems.append(str(e))
 

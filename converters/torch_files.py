@@ -84,14 +84,14 @@ _STORAGE_DTYPES: dict[str, np.dtype | None] = {
     for (dtype, storage), device in itertools.product(_DTYPES.values(), ("", "cuda."))
 } | {"torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}
 _STORAGE_NAMES = dict(_DTYPES.values())
-_TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()} | {
-    f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")
-}
+_TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()}
+# These have no storage class of their own.
+_TORCH_DTYPES |= {f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")}
 
 
 @dataclasses.dataclass
 class _Views:
-    """How many bytes the tensors of a file may still have, were each of them copied out of it."""
+    """The bytes that the tensors of a file may still have, were each of them copied out of it."""
 
     file_bytes: int
     left: int
@@ -187,13 +187,13 @@ def _is_array(value: object) -> np.ndarray:
 
 _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": lambda st, offset, size, stride: _strided(
-        st, offset, size, stride, None
+        st, offset, size, stride=stride, dtype=None
     ),
     "torch._utils._rebuild_tensor_v2": lambda st, offset, size, stride, *_: _strided(
-        st, offset, size, stride, None
+        st, offset, size, stride=stride, dtype=None
     ),
     "torch._utils._rebuild_tensor_v3": lambda st, offset, size, stride, _grad, _hooks, dtype, *_: (
-        _strided(st, offset, size, stride, _torch_dtype(dtype))
+        _strided(st, offset, size, stride=stride, dtype=_torch_dtype(dtype))
     ),
     "torch._utils._rebuild_parameter": lambda data, *_: _is_array(data),
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: _is_array(data),
@@ -371,15 +371,14 @@ def _zip_list(data: mmap.mmap, count: int, start: int, end: int) -> list[_Listed
             raise ValueError(
                 f"the entry {quoted(name)} declares {plain} bytes in a file of {len(data)}"
             )
-        found.append(_Listed(name, raw, told, crc, plain, local))
+        found.append(_Listed(name=name, raw=raw, told=told, crc=crc, plain=plain, local=local))
     if at != end:
         raise ValueError("the list of entries of the zip file is longer than it says")
     return found
 
 
 def _zip_bodies(data: mmap.mmap, listed: list[_Listed], start: int) -> list[int]:
-    """Where the bytes of each entry begin, all of them before `start` and no two of them in one
-    place.
+    """Locate the bytes of each entry, all of them before `start` and no two of them in one place.
 
     Nothing that is as long as an entry is done before: of overlapping entries, a small file has any
     number.
@@ -409,7 +408,7 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
     about itself.
     """
     count, start, end = _zip_end(data)
-    listed = _zip_list(data, count, start, end)
+    listed = _zip_list(data, count, start, end=end)
     bodies = _zip_bodies(data, listed, start)
     view = memoryview(data)
     entries: dict[str, memoryview] = {}
@@ -434,7 +433,7 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
         if zlib.crc32(content) != entry.crc:
             raise ValueError(f"the entry {quoted(name)} is damaged (its CRC-32 is wrong)")
         if streamed:
-            _check_descriptor(data, stop, entry, sizes)
+            _check_descriptor(data, stop, entry, sizes=sizes)
         entries[name] = content
     return entries
 
@@ -546,7 +545,7 @@ def _read_zip(file: Path, data: mmap.mmap) -> Any:
         return made[key]
 
     pickle = bytes(entries[f"{root}/data.pkl"])
-    content, end = run_pickle(file, pickle, 0, storage, _BUILDERS)
+    content, end = run_pickle(file, pickle, 0, persistent=storage, builders=_BUILDERS)
     if end != len(pickle):
         raise CheckpointError(f"{file}: data.pkl goes on after the end of its pickle. {_AGAIN}")
     return content
@@ -567,7 +566,7 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
     budget = Budget.of(len(data))
 
     def plain(at: int) -> tuple[Any, int]:
-        return run_pickle(file, data, at, _no_storage, {}, budget=budget)
+        return run_pickle(file, data, at, persistent=_no_storage, builders={}, budget=budget)
 
     at = _after_legacy_header(file, plain)
 
@@ -590,12 +589,17 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
 
     start = at
     memory = budget.memory
-    at = run_pickle(file, data, start, declare, dict.fromkeys(_BUILDERS, no_tensor), budget=budget)[
-        1
-    ]
+    at = run_pickle(
+        file,
+        data,
+        start,
+        persistent=declare,
+        builders=dict.fromkeys(_BUILDERS, no_tensor),
+        budget=budget,
+    )[1]
     budget.memory = memory  # what the first pass took is free again
     keys, at = plain(at)
-    places = _legacy_places(file, data, at, keys, declared)
+    places = _legacy_places(file, data, at, keys=keys, declared=declared)
     views = _Views.of(len(data))
     storages: dict[str, _Storage] = {}
 
@@ -605,9 +609,9 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
             low, high = places[key]
             storages[key] = _whole_storage(memoryview(data)[low:high], declared[key][0], views)
         view = pid[5] if len(pid) == 6 else None
-        return storages[key] if view is None else _viewed(storages[key], view, key, views)
+        return storages[key] if view is None else _viewed(storages[key], view, key, views=views)
 
-    return run_pickle(file, data, start, storage, _BUILDERS, budget=budget)[0]
+    return run_pickle(file, data, start, persistent=storage, builders=_BUILDERS, budget=budget)[0]
 
 
 def _after_legacy_header(file: Path, plain: Callable[[int], tuple[Any, int]]) -> int:

@@ -208,7 +208,7 @@ def _grouped(kinds: tuple[Kind, ...]) -> tuple[int, int, bool]:
     for size in range(1, len(kinds) + 1):
         for variate_layers in range(size + 1):
             for first in (False, True):
-                if kinds_of(len(kinds), size, variate_layers, first) == kinds:
+                if kinds_of(len(kinds), size, variate_layers, variate_first=first) == kinds:
                     return size, variate_layers, first
     raise ValueError(
         f"the original has layers in groups of equal order; {', '.join(kinds)} are in none. A "

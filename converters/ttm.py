@@ -21,7 +21,7 @@ from converters.tables import (
     TRANSPOSE,
     Rule,
     Transform,
-    listed,
+    problem_list,
     split_bias,
     split_in,
     split_out,
@@ -48,81 +48,86 @@ FILTER = Transform(
 )
 
 
+# What every TTM has, and its optional parts, apart from the mixers: readable beside the
+# original's state dict.
+OUTSIDE_THE_MIXERS: tuple[Rule, ...] = (
+    (r"backbone\.encoder\.patcher\.weight", "embed/kernel", TRANSPOSE),
+    (r"backbone\.encoder\.patcher\.bias", "embed/bias", SAME),
+    (r"backbone\.encoder\.patcher\.projectors\.(\d+)\.weight", r"embed_\1/kernel", TRANSPOSE),
+    (r"backbone\.encoder\.patcher\.projectors\.(\d+)\.bias", r"embed_\1/bias", SAME),
+    (r"backbone\.encoder\.add_tokens\.patch_tokens", "registers", SAME),
+    (r"backbone\.encoder\.add_fft_tokens\.freq_embedding\.weight", "spectrum_table", SAME),
+    (
+        r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.weight",
+        "spectrum_up/kernel",
+        TRANSPOSE,
+    ),
+    (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.bias", "spectrum_up/bias", SAME),
+    (
+        r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.weight",
+        "spectrum_down/kernel",
+        TRANSPOSE,
+    ),
+    (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.bias", "spectrum_down/bias", SAME),
+    (
+        r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.weight",
+        "spectrum_join/kernel",
+        TRANSPOSE,
+    ),
+    (r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.bias", "spectrum_join/bias", SAME),
+    (r"backbone\.encoder\.base_norm\.weight", "base_norm/scale", SAME),
+    (r"backbone\.encoder\.base_norm\.bias", "base_norm/bias", SAME),
+    (r"backbone\.encoder\.freq_mod\.0\.weight", "freq_table", SAME),
+    (r"backbone\.encoder\.freq_mod\.1\.weight", "freq_up/kernel", TRANSPOSE),
+    (r"backbone\.encoder\.freq_mod\.1\.bias", "freq_up/bias", SAME),
+    (r"backbone\.encoder\.freq_mod\.3\.weight", "freq_down/kernel", TRANSPOSE),
+    (r"backbone\.encoder\.freq_mod\.3\.bias", "freq_down/bias", SAME),
+    (r"backbone\.encoder\.positional_encoder\.position_enc", "position", SAME),
+    (r"decoder\.adapter\.weight", "decoder/adapter/kernel", TRANSPOSE),
+    (r"decoder\.adapter\.bias", "decoder/adapter/bias", SAME),
+    (r"decoder\.decoder_raw_embedding\.weight", "decoder/raw_embed/kernel", TRANSPOSE),
+    (r"decoder\.decoder_raw_embedding\.bias", "decoder/raw_embed/bias", SAME),
+    (
+        r"decoder\.decoder_cat_embedding_layer\.embedding_layers\.(\d+)\.weight",
+        r"decoder/category_\1",
+        SAME,
+    ),
+    (r"head\.base_forecast_block\.weight", "head/kernel", TRANSPOSE),
+    (r"head\.base_forecast_block\.bias", "head/bias", SAME),
+    (r"head\.fcm_block\.fcm_embedding\.weight", "fcm/embed/kernel", TRANSPOSE),
+    (r"head\.fcm_block\.fcm_embedding\.bias", "fcm/embed/bias", SAME),
+    (
+        r"head\.fcm_block\.fcm_gating_block\.attn_layer\.weight",
+        "fcm/gate/linear/kernel",
+        TRANSPOSE,
+    ),
+    (r"head\.fcm_block\.fcm_gating_block\.attn_layer\.bias", "fcm/gate/linear/bias", SAME),
+    (r"head\.fcm_block\.mlp\.weight", "fcm/out/kernel", TRANSPOSE),
+    (r"head\.fcm_block\.mlp\.bias", "fcm/out/bias", SAME),
+    (r"multi_quantile_head_block\.dw\.weight", "quantiles/filter/kernel", FILTER),
+    (r"multi_quantile_head_block\.dw\.bias", "quantiles/filter/bias", SAME),
+    (r"multi_quantile_head_block\.inorm\.weight", "quantiles/norm/scale", SAME),
+    (r"multi_quantile_head_block\.inorm\.bias", "quantiles/norm/bias", SAME),
+    (r"multi_quantile_head_block\.pw1\.weight", "quantiles/up/kernel", CONV1),
+    (r"multi_quantile_head_block\.pw1\.bias", "quantiles/up/bias", SAME),
+    (r"multi_quantile_head_block\.pw2\.weight", "quantiles/down/kernel", CONV1),
+    (r"multi_quantile_head_block\.pw2\.bias", "quantiles/down/bias", SAME),
+    (r"multi_quantile_head_block\.dec_proj\.weight", "quantiles/pool/kernel", TRANSPOSE),
+    (r"multi_quantile_head_block\.dec_proj\.bias", "quantiles/pool/bias", SAME),
+    (r"multi_quantile_head_block\.dec_tok_proj\.weight", "quantiles/token/kernel", TRANSPOSE),
+    (r"multi_quantile_head_block\.dec_tok_proj\.bias", "quantiles/token/bias", SAME),
+    (
+        r"multi_quantile_head_block\.dec_flat_to_hidden\.weight",
+        "quantiles/flat/kernel",
+        TRANSPOSE,
+    ),
+    (r"multi_quantile_head_block\.dec_flat_to_hidden\.bias", "quantiles/flat/bias", SAME),
+)
+
+
 def keys(config: TTMConfig) -> list[Rule]:
-    """The table, readable beside the original's state dict."""
-    rules: list[Rule] = [
-        (r"backbone\.encoder\.patcher\.weight", "embed/kernel", TRANSPOSE),
-        (r"backbone\.encoder\.patcher\.bias", "embed/bias", SAME),
-        (r"backbone\.encoder\.patcher\.projectors\.(\d+)\.weight", r"embed_\1/kernel", TRANSPOSE),
-        (r"backbone\.encoder\.patcher\.projectors\.(\d+)\.bias", r"embed_\1/bias", SAME),
-        (r"backbone\.encoder\.add_tokens\.patch_tokens", "registers", SAME),
-        (r"backbone\.encoder\.add_fft_tokens\.freq_embedding\.weight", "spectrum_table", SAME),
-        (
-            r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.weight",
-            "spectrum_up/kernel",
-            TRANSPOSE,
-        ),
-        (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.bias", "spectrum_up/bias", SAME),
-        (
-            r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.weight",
-            "spectrum_down/kernel",
-            TRANSPOSE,
-        ),
-        (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.bias", "spectrum_down/bias", SAME),
-        (
-            r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.weight",
-            "spectrum_join/kernel",
-            TRANSPOSE,
-        ),
-        (r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.bias", "spectrum_join/bias", SAME),
-        (r"backbone\.encoder\.base_norm\.weight", "base_norm/scale", SAME),
-        (r"backbone\.encoder\.base_norm\.bias", "base_norm/bias", SAME),
-        (r"backbone\.encoder\.freq_mod\.0\.weight", "freq_table", SAME),
-        (r"backbone\.encoder\.freq_mod\.1\.weight", "freq_up/kernel", TRANSPOSE),
-        (r"backbone\.encoder\.freq_mod\.1\.bias", "freq_up/bias", SAME),
-        (r"backbone\.encoder\.freq_mod\.3\.weight", "freq_down/kernel", TRANSPOSE),
-        (r"backbone\.encoder\.freq_mod\.3\.bias", "freq_down/bias", SAME),
-        (r"backbone\.encoder\.positional_encoder\.position_enc", "position", SAME),
-        (r"decoder\.adapter\.weight", "decoder/adapter/kernel", TRANSPOSE),
-        (r"decoder\.adapter\.bias", "decoder/adapter/bias", SAME),
-        (r"decoder\.decoder_raw_embedding\.weight", "decoder/raw_embed/kernel", TRANSPOSE),
-        (r"decoder\.decoder_raw_embedding\.bias", "decoder/raw_embed/bias", SAME),
-        (
-            r"decoder\.decoder_cat_embedding_layer\.embedding_layers\.(\d+)\.weight",
-            r"decoder/category_\1",
-            SAME,
-        ),
-        (r"head\.base_forecast_block\.weight", "head/kernel", TRANSPOSE),
-        (r"head\.base_forecast_block\.bias", "head/bias", SAME),
-        (r"head\.fcm_block\.fcm_embedding\.weight", "fcm/embed/kernel", TRANSPOSE),
-        (r"head\.fcm_block\.fcm_embedding\.bias", "fcm/embed/bias", SAME),
-        (
-            r"head\.fcm_block\.fcm_gating_block\.attn_layer\.weight",
-            "fcm/gate/linear/kernel",
-            TRANSPOSE,
-        ),
-        (r"head\.fcm_block\.fcm_gating_block\.attn_layer\.bias", "fcm/gate/linear/bias", SAME),
-        (r"head\.fcm_block\.mlp\.weight", "fcm/out/kernel", TRANSPOSE),
-        (r"head\.fcm_block\.mlp\.bias", "fcm/out/bias", SAME),
-        (r"multi_quantile_head_block\.dw\.weight", "quantiles/filter/kernel", FILTER),
-        (r"multi_quantile_head_block\.dw\.bias", "quantiles/filter/bias", SAME),
-        (r"multi_quantile_head_block\.inorm\.weight", "quantiles/norm/scale", SAME),
-        (r"multi_quantile_head_block\.inorm\.bias", "quantiles/norm/bias", SAME),
-        (r"multi_quantile_head_block\.pw1\.weight", "quantiles/up/kernel", CONV1),
-        (r"multi_quantile_head_block\.pw1\.bias", "quantiles/up/bias", SAME),
-        (r"multi_quantile_head_block\.pw2\.weight", "quantiles/down/kernel", CONV1),
-        (r"multi_quantile_head_block\.pw2\.bias", "quantiles/down/bias", SAME),
-        (r"multi_quantile_head_block\.dec_proj\.weight", "quantiles/pool/kernel", TRANSPOSE),
-        (r"multi_quantile_head_block\.dec_proj\.bias", "quantiles/pool/bias", SAME),
-        (r"multi_quantile_head_block\.dec_tok_proj\.weight", "quantiles/token/kernel", TRANSPOSE),
-        (r"multi_quantile_head_block\.dec_tok_proj\.bias", "quantiles/token/bias", SAME),
-        (
-            r"multi_quantile_head_block\.dec_flat_to_hidden\.weight",
-            "quantiles/flat/kernel",
-            TRANSPOSE,
-        ),
-        (r"multi_quantile_head_block\.dec_flat_to_hidden\.bias", "quantiles/flat/bias", SAME),
-    ]
+    """The table: `OUTSIDE_THE_MIXERS`, then the mixers of each part layer by layer."""
+    rules = list(OUTSIDE_THE_MIXERS)
     parts = (
         (r"backbone\.encoder\.mlp_mixer_encoder\.", "encoder", config.d_model, config.levels),
         (
@@ -142,7 +147,7 @@ def keys(config: TTMConfig) -> list[Rule]:
                 )
                 rules += _layer(*layer, width // f, config)
         else:
-            rules += _layer(rf"{theirs}mixers\.(\d+)\.", rf"{ours}/layer_\1", width, config)
+            rules += _layer(rf"{theirs}mixers\.(\d+)\.", rf"{ours}/layer_\1", width, config=config)
     return rules
 
 
@@ -312,7 +317,9 @@ def configure(
             return config_of(told), []
         except (ValueError, TypeError, OverflowError, RecursionError) as e:
             problems.append(str(e)[:500])
-    raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
+    raise CheckpointError(
+        problem_list(f"{where}: the config does not go with the weights:", problems)
+    )
 
 
 def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
@@ -382,7 +389,7 @@ def _tokens(told: Mapping[str, Any]) -> int:
         told["frequency_token_vocab_size"] if told["resolution_prefix_tuning"] else 0,
         told["register_tokens"],
         told["fft_length"],
-        told["get_one_freq_emb"],
+        spectrum_joined=told["get_one_freq_emb"],
     )
 
 

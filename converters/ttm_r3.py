@@ -11,7 +11,7 @@ from typing import Any
 from converters import ttm
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
-from converters.tables import Rule, Transform, listed
+from converters.tables import Rule, Transform, problem_list
 from ltsm_jax.models.ttm import TTMConfig
 from ltsm_jax.models.ttm_r3 import TTMR3, TTMR3Config
 
@@ -89,7 +89,7 @@ def configure(
         problems += [f"{part}: {problem}" for problem in wrong]
     if problems:
         raise CheckpointError(
-            listed(f"{where}: the config does not go with the weights:", problems)
+            problem_list(f"{where}: the config does not go with the weights:", problems)
         )
     return _joined(published, configs), []
 

@@ -83,14 +83,14 @@ def keys(config: UnitsConfig) -> list[Rule]:
     for name in ("seq", "var"):
         block, ours = rf"{BLOCK}{name}_att_block\.", rf"block_\1/{name}/"
         rules += [
-            *_pair(rf"{block}norm1\.", rf"block_\1/norm_{name}/", SAME, "scale"),
+            *_pair(rf"{block}norm1\.", rf"block_\1/norm_{name}/", SAME, name="scale"),
             (rf"{block}attn_{name}\.qkv\.weight", f"{ours}qkv/kernel", fused(3, config.head_dim)),
             *_pair(rf"{block}attn_{name}\.proj\.", f"{ours}out/", split_in(config.head_dim)),
             *_pair(rf"{block}ls1\.gate\.", rf"block_\1/gate_{name}/linear/", TRANSPOSE),
         ]
     mlp = rf"{BLOCK}dynamic_mlp\."
     rules += [
-        *_pair(rf"{mlp}norm2\.", r"block_\1/norm_mix/", SAME, "scale"),
+        *_pair(rf"{mlp}norm2\.", r"block_\1/norm_mix/", SAME, name="scale"),
         *_pair(rf"{mlp}mlp\.fc1\.", r"block_\1/mix/up/", CONV3),
         *_dynamic(rf"{mlp}mlp\.seq_fc\.", r"block_\1/mix/seq/"),
         *_dynamic(rf"{mlp}mlp\.prompt_fc\.", r"block_\1/mix/prompt/"),
@@ -100,7 +100,7 @@ def keys(config: UnitsConfig) -> list[Rule]:
         (r"cls_head\.cross_att\.q\.weight", "class_head/q/kernel", _heads(wide)),
         (r"cls_head\.cross_att\.kv\.weight", "class_head/kv/kernel", fused(2, wide)),
         *_pair(r"cls_head\.cross_att\.proj\.", "class_head/out/", split_in(wide)),
-        *_pair(r"cls_head\.mlp\.norm2\.", "class_head/norm/", SAME, "scale"),
+        *_pair(r"cls_head\.mlp\.norm2\.", "class_head/norm/", SAME, name="scale"),
         *_pair(r"cls_head\.mlp\.mlp\.fc1\.", "class_head/up/", TRANSPOSE),
         *_pair(r"cls_head\.mlp\.mlp\.fc2\.", "class_head/down/", TRANSPOSE),
         *_pair(r"cls_head\.mlp\.ls2\.gate\.", "class_head/gate/linear/", TRANSPOSE),
@@ -156,7 +156,7 @@ def configure(
     }
     prompt_len = next((shape[2] for shape in prompts.values()), None)
     if published is None:
-        return _assumed(state, prompts, (d_model, layers, patch_len, prompt_len), where)
+        return _assumed(state, prompts, (d_model, layers, patch_len, prompt_len), where=where)
     parts = {name: published.get(name) for name in ("args", "task_dataset")}
     for name, part in parts.items():
         if not isinstance(part, Mapping) or not part:
@@ -240,18 +240,25 @@ def _assumed(
         ours = "pretrain_long_term_forecast" if category is None else "classification"
         tasks.append(
             UnitsTask(
-                name,
-                ours,
-                max(near, key=len),
-                96,
-                96 if category is None else 0,
-                shape[1],
-                0 if category is None else category[2],
+                name=name,
+                kind=ours,
+                dataset=max(near, key=len),
+                context_len=96,
+                horizon=96 if category is None else 0,
+                n_variates=shape[1],
+                n_classes=0 if category is None else category[2],
             )
         )
     covered = {t.dataset for t in tasks if t.kind != "classification"}
     tasks = [
-        UnitsTask(f"LTF_{name}", "long_term_forecast", name, 96, 96, shape[1])
+        UnitsTask(
+            name=f"LTF_{name}",
+            kind="long_term_forecast",
+            dataset=name,
+            context_len=96,
+            horizon=96,
+            n_variates=shape[1],
+        )
         for name, shape in prompts.items()
         if not ssl or name not in covered
     ] + tasks

@@ -75,7 +75,7 @@ def run(
         provenance={"source": "random"},
     )
     context, horizon = model.context_len, model.horizon
-    data = part_of(series, context, horizon, out / "data.csv")
+    data = part_of(series, context, horizon, file=out / "data.csv")
     flags = {
         "data": data,
         "model": out / "model",
@@ -149,7 +149,9 @@ def _all(argv: Sequence[str]) -> int:
     for name in families:
         (options.out / name).mkdir()
         try:
-            found.append(run(name, series, options.out / name, ",".join(methods), more))
+            found.append(
+                run(name, series, options.out / name, methods=",".join(methods), more=more)
+            )
         except (ValueError, RuntimeError) as err:
             failed[name] = str(err)
         # nothing that was compiled serves the next family, and it adds up to the memory maps a

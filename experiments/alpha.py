@@ -47,7 +47,7 @@ from rich.console import Console
 from experiments import cells, flags, folder, launch, report
 from experiments.cells import Comparison
 from ltsm_jax import curvature, hosts, landscape, storage, training
-from ltsm_jax.methods.alpha import SAMPLE, choose, describe
+from ltsm_jax.methods.alpha import SAMPLE, choose_alpha, describe
 from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.starts import Interpolated, groups_of, prepared, start_params
 from ltsm_jax.methods.strategies import MIXED, STRATEGIES, Strategy, sff, strategy
@@ -178,7 +178,9 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     failed, one line each.
     """
     work, start = functools.partial(run_cell, c), functools.partial(begin, c)
-    return cells.run_cells(c, cells_of(c.options), work, rank, console or Console(), begin=start)
+    return cells.run_cells(
+        c, cells_of(c.options), work, rank=rank, console=console or Console(), begin=start
+    )
 
 
 def begin(c: Comparison, cell: Cell) -> Running:
@@ -203,8 +205,8 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     columns["top_eigenvalue"] = (
         top_eigenvalue(c, chosen, cell.seed) if c.options.curvature else None
     )
-    row = cells.row_of(c, columns, result.model, result)
-    cells.keep(c, cell, (result.model, result.params), row, result, start_mse=begin)
+    row = cells.row_of(c, columns, result.model, result=result)
+    cells.keep(c, cell, (result.model, result.params), row=row, result=result, start_mse=begin)
     return row
 
 
@@ -234,7 +236,7 @@ def search(c: Comparison, cell: Cell) -> dict[str, Any]:
             "epochs": o.search_epochs,
             "grid": grid,
         }
-    found = choose(
+    found = choose_alpha(
         c.model,
         c.params,
         c.splits,
@@ -264,16 +266,16 @@ def top_eigenvalue(c: Comparison, chosen: Strategy, seed: int) -> float:
     of a strategy.
     """
     key = training.keys(seed)["aux"]
-    model, params = prepared(chosen, c.model, c.params, key)
-    params = start_params(chosen, model, params, key)
+    model, params = prepared(chosen, c.model, c.params, aux_key=key)
+    params = start_params(chosen, model, params, aux_key=key)
     loss = landscape.split_loss(
         model, c.splits.train, sample=SAMPLE, task=c.task, placement=Placement.of(params)
     )
     moving = groups_of(model, params)
     return float(
-        curvature.top_eigenvalues(loss, params, 1, jax.random.key(seed), only=moving.__contains__)[
-            0
-        ]
+        curvature.top_eigenvalues(
+            loss, params, 1, key=jax.random.key(seed), only=moving.__contains__
+        )[0]
     )
 
 
@@ -413,7 +415,9 @@ def _finish(place: Path, by: str) -> None:
     title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"
     caption = "mean over seeds, ± standard deviation"
     console = Console()
-    for part in report.fitted(header, body, [None] * len(body), title, caption, console):
+    for part in report.fitted(
+        header, body, [None] * len(body), title=title, caption=caption, console=console
+    ):
         console.print(part)
     for line in verdict(summary):
         console.print(line, highlight=False)
@@ -422,7 +426,7 @@ def _finish(place: Path, by: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.alpha`; returns the exit code."""
-    return cells.main(argv, parse, resolve, plan, compare, _finish)
+    return cells.main(argv, parse, resolve, plan=plan, compare=compare, finish=_finish)
 
 
 if __name__ == "__main__":

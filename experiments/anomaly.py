@@ -51,11 +51,11 @@ from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, detection_baselines, detection_scores
 from ltsm_jax.tasks.anomaly import Labelled
 from ltsm_jax.tasks.labelled import read_labelled
+from ltsm_jax.trees import Params
 
 NAMED = {"ucr": "anomaly/ucr", "nab": "anomaly/nab"}
 SCORES = "scores.npz"
 WINDOWS = (anomaly.WINDOW, 4 * anomaly.TOKEN)  # the protocol's, and the one for shorter beginnings
-Params = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,10 @@ class Options(task_runs.Options):
     """ims: each token predicts the next; direct: the model reconstructs its input"""
     quirks: Annotated[
         tuple[str, ...],
-        flags.names(tuple(sorted(anomaly.QUIRKS))),
-        flags.described(f"released behaviours to follow, of {', '.join(sorted(anomaly.QUIRKS))}"),
+        flags.names(tuple(sorted(anomaly.ANOMALY_QUIRKS))),
+        flags.described(
+            f"released behaviours to follow, of {', '.join(sorted(anomaly.ANOMALY_QUIRKS))}"
+        ),
     ] = ()
     quantile: Annotated[float, flags.number(0, 1, says="between 0 and 1")] = 0.99
     """of the scores of held-out training rows: the threshold"""
@@ -169,13 +171,22 @@ def resolve(options: Options) -> Comparison:
     config = options.config(model)
     record = {
         "experiment": options.program,
-        "settings": settings_of(options, config, kept, window)
+        "settings": settings_of(options, config, kept, window=window)
         | {"model_sha256": storage.sha256_of(params)[:16]},
         "model": {"family": model.family, "config": model.config_to_dict()},
         "command": options.command(),
         "notes": notes,
     }
-    return Comparison(options, model, params, kept, window, config, record, notes)
+    return Comparison(
+        options=options,
+        model=model,
+        params=params,
+        series=kept,
+        window=window,
+        config=config,
+        record=record,
+        notes=notes,
+    )
 
 
 def window_for(series: Sequence[Labelled]) -> int:
@@ -255,7 +266,7 @@ def run_cell(c: Comparison, cell: Cell) -> task_runs.Outcome:
     else:
         held_out, found, facts = tuned_scores(c, cell)
     facts["seconds"] = round(time.perf_counter() - began, 3)
-    row = row_of(c, cell, held_out, found) | facts
+    row = row_of(c, cell, held_out, scores=found) | facts
     place = "missed" if row["rank"] is None else f"rank {row['rank']} of {row['tokens']}"
     kept = {"scores": found.astype(np.float32), "first_row": cell.series.train_end}
     return task_runs.Outcome(row, f"{place}, VUS-PR {row['vus_pr']:.3f}", {SCORES: kept})
@@ -265,12 +276,14 @@ def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dic
     """Tune on one series. Returns: squared errors of its held-out training rows, of its test rows,
     and facts."""
     o = c.options
-    prepared = anomaly.prepare(cell.series, quirks=o.quirks, window=c.window, n_windows=o.windows)
+    prepared = anomaly.scale_series(
+        cell.series, quirks=o.quirks, window=c.window, n_windows=o.windows
+    )
     result = run.run(
         c.model,
         c.params,
         strategy(cell.method, alpha=o.alpha),
-        prepared,
+        data=prepared,
         task=c.task,
         seed=cell.seed,
         config=c.config,
@@ -287,7 +300,7 @@ def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dic
             c.model,
             result.params,
             prepared.values,
-            rows,
+            rows=rows,
             ims=ims,
             tail=tail,
             window=c.window,
@@ -309,22 +322,23 @@ def row_of(c: Comparison, cell: Cell, held_out: np.ndarray, scores: np.ndarray) 
     ranked = anomaly.rank_rows(scores, series, o.quirks)
     spans = [(first - series.train_end, last - series.train_end) for first, last in series.spans]
     labels = detection_scores.label_rows(spans, len(scores))
-    smoothed = detection_scores.smooth(scores, o.smooth)
-    threshold = float(np.quantile(detection_scores.smooth(held_out, o.smooth), o.quantile))
+    smoothed = detection_scores.smooth_scores(scores, o.smooth)
+    threshold = float(np.quantile(detection_scores.smooth_scores(held_out, o.smooth), o.quantile))
     flagged = smoothed > threshold
     ranges = detection_scores.range_scores(flagged, labels)
+    place_right = any(detection_scores.place_is_right(smoothed, span) for span in spans)
     row = {
         "file": series.name,
         "method": cell.method,
         "seed": cell.seed,
         "rank": ranked.rank,
-        "alpha": ranked.alpha,
-        "found_at_3": int(ranked.alpha <= 0.03),
-        "found_at_1": int(ranked.alpha <= 0.01),
-        "found_at_5": int(ranked.alpha <= 0.05),
-        "found_at_10": int(ranked.alpha <= 0.1),
+        "alpha": ranked.share,
+        "found_at_3": int(ranked.share <= 0.03),
+        "found_at_1": int(ranked.share <= 0.01),
+        "found_at_5": int(ranked.share <= 0.05),
+        "found_at_10": int(ranked.share <= 0.1),
         "tokens": ranked.n_tokens,
-        "place_right": int(any(detection_scores.place_is_right(smoothed, span) for span in spans)),
+        "place_right": int(place_right),
         "auc_pr": detection_scores.auc_pr(smoothed, labels),
         "vus_pr": detection_scores.vus_pr(smoothed, labels),
         "threshold": threshold,
@@ -350,12 +364,14 @@ def compare(c: Comparison) -> list[str]:
 
 def finish(c: Comparison, rows: list[dict[str, Any]]) -> None:
     """Write results.csv and report.md, and print the summary."""
-    anomaly_report.write(c.options.folder, pd.DataFrame(rows), c.series, c.record["command"])
+    anomaly_report.write(
+        c.options.folder, pd.DataFrame(rows), c.series, command=c.record["command"]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.anomaly`; returns the exit code."""
-    return task_runs.main(argv, parse, resolve, plan, compare, finish)
+    return task_runs.main(argv, parse, resolve, plan=plan, compare=compare, finish=finish)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def differences(results: pd.DataFrame, methods: Sequence[str]) -> list[str]:
     for method in others:
         cells = [label(method)]
         for column in ("alpha", "vus_pr"):
-            mean, low, high = difference(results, method, against, column)
+            mean, low, high = difference(results, method, against, column=column)
             cells.append(f"{mean:+.4f} ({low:+.4f} .. {high:+.4f})")
         body.append(cells)
     header = ["method", "alpha (lower is better)", "VUS-PR (higher is better)"]
@@ -213,7 +213,9 @@ def draw(folder: Path, results: pd.DataFrame, series: Sequence[Labelled]) -> lis
     if len(shown):
         method = summarise(shown).sort_values("vus_pr")["method"].iloc[-1]
         names.append(
-            _draw_examples(place, folder, series[:EXAMPLES], method, int(shown["seed"].min()))
+            _draw_examples(
+                place, folder, series[:EXAMPLES], method=method, seed=int(shown["seed"].min())
+            )
         )
     return names
 

@@ -237,7 +237,12 @@ def resolve(args: Options, target: Target) -> Job:
     assert config.batch_size is not None, "filled"
     values, joint = np.zeros((args.variates, args.rows), np.float32), model.variates == "joint"
     source = windows_between(
-        values, 0, args.rows, args.context or recipe.context_len, horizon, joint=joint
+        values,
+        0,
+        args.rows,
+        context_len=args.context or recipe.context_len,
+        horizon=horizon,
+        joint=joint,
     )
     if source.n < config.batch_size:
         raise ValueError(
@@ -245,9 +250,19 @@ def resolve(args: Options, target: Target) -> Job:
             "--variates"
         )
     trainable = trainable_mask(Phase(args.trainable), model, params)
-    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
+    loss = forecasting.loss_fn(model, mode)
     return Job(
-        name, model, params, source, loss, config, config.batch_size, trainable, target, mesh, notes
+        name=name,
+        model=model,
+        params=params,
+        source=source,
+        loss=loss,
+        config=config,
+        batch=config.batch_size,
+        trainable=trainable,
+        target=target,
+        mesh=mesh,
+        notes=notes,
     )
 
 

@@ -125,11 +125,16 @@ class Subject:
     def mixed(self, alpha: float, seed: int) -> Tree:
         """The start of smoothed fine-tuning."""
         return start_params(
-            strategy("sff", alpha=alpha), self.model, self.params, training.keys(seed)["aux"]
+            strategy("sff", alpha=alpha),
+            self.model,
+            self.params,
+            aux_key=training.keys(seed)["aux"],
         )
 
     def moves(self, path: str) -> bool:
-        """Whether a leaf is a parameter, and no table of data that the family keeps among them."""
+        """Return whether a leaf is a parameter, and no table of data that the family keeps among
+        them.
+        """
         return self.model.fixed is None or re.search(self.model.fixed, path) is None
 
 
@@ -159,7 +164,7 @@ def subject(options: Options, name: str, *, train: int | None = None) -> Subject
         raise UsageError(f"{name}: {err}") from None
     if small:
         assert train is not None
-        params = _trained(options, name, (model, params), splits, train)
+        params = _trained(options, name, (model, params), splits=splits, epochs=train)
 
     facts = {
         "family": model.family,
@@ -169,14 +174,24 @@ def subject(options: Options, name: str, *, train: int | None = None) -> Subject
     }
     facts |= cells.series_facts(series)
     params, _ = sharding.shard(params, model.shard_rules, mesh)
-    random = start_params(strategy("tfs"), model, params, training.keys(options.seed)["aux"])
+    random = start_params(
+        strategy("tfs"), model, params, aux_key=training.keys(options.seed)["aux"]
+    )
     task = Forecasting(binding.default_mode(model))
     if options.loss == "own" and options.part != "train":
         raise UsageError("--loss own needs targets as long as the family trains with: --part train")
     windows = (
         task.windows(model, splits) if options.loss == "own" else getattr(splits, options.part)
     )
-    return Subject(name, model, params, random, splits, windows, facts)
+    return Subject(
+        name=name,
+        model=model,
+        params=params,
+        random=random,
+        splits=splits,
+        windows=windows,
+        facts=facts,
+    )
 
 
 def _trained(
@@ -194,7 +209,7 @@ def _trained(
         model,
         params,
         strategy("ff"),
-        splits,
+        data=splits,
         seed=options.seed,
         config=config,
         test=False,

@@ -27,7 +27,7 @@ from experiments.flags import Options, Reading, UsageError
 from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.data.splits import QUIRKS
+from ltsm_jax.data.splits import SPLIT_QUIRKS
 from ltsm_jax.methods import binding, checks, run, sweep
 from ltsm_jax.methods.starts import prepared, start_params
 from ltsm_jax.methods.strategies import Strategy
@@ -148,7 +148,7 @@ def resolve(options: Options) -> Comparison:
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
     task = Forecasting(options.training.mode or binding.default_mode(model))
     config = training_config(model, options)
-    quirks = tuple(q for q in options.quirks if q in QUIRKS)
+    quirks = tuple(q for q in options.quirks if q in SPLIT_QUIRKS)
     splits = attempt(
         prepare,
         series,
@@ -164,7 +164,9 @@ def resolve(options: Options) -> Comparison:
     if splits is not None:
         attempt(_try_batch, model, params, splits, task)
     if splits is None or len(problems) > found:
-        problems.append(binding.what_fits(model, params, series, horizon, usual_borders=True))
+        problems.append(
+            binding.what_fits(model, params, series, horizon=horizon, usual_borders=True)
+        )
     if splits is None or problems:
         raise UsageError("\n".join(problems))
     splits = thinned(splits, options.score_stride)
@@ -175,6 +177,28 @@ def resolve(options: Options) -> Comparison:
         "context": context,
         "horizon": horizon,
         "mode": task.mode,
+        **_training_settings(options, config),
+        "quirks": ",".join(sorted(options.quirks)) or None,
+        **series_facts(series),
+        "model_sha256": sha256,
+        "score_stride": None if options.score_stride == 1 else options.score_stride,
+        **options.training.unusual(),
+        **grid.settings(options.over, options.seeds[0], options.origins),
+    }
+    return Comparison(
+        options=options,
+        model=model,
+        params=params,
+        splits=splits,
+        config=config,
+        task=task,
+        settings=settings,
+    )
+
+
+def _training_settings(options: Options, config: TrainConfig) -> dict[str, Any]:
+    """Settings of all training runs of a comparison; None where they are the usual ones."""
+    return {
         "few_shot": options.training.few_shot,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
@@ -183,14 +207,7 @@ def resolve(options: Options) -> Comparison:
         "compute": None if config.compute == "float32" else config.compute,
         "accumulate": None if config.accumulate == 1 else config.accumulate,
         "remat": None if config.remat == "none" else config.remat,
-        "quirks": ",".join(sorted(options.quirks)) or None,
-        **series_facts(series),
-        "model_sha256": sha256,
-        "score_stride": None if options.score_stride == 1 else options.score_stride,
-        **options.training.unusual(),
-        **grid.settings(options.over, options.seeds[0], options.origins),
     }
-    return Comparison(options, model, params, splits, config, task, settings)
 
 
 def read_series(data: str, reading: Reading) -> Series:
@@ -289,7 +306,7 @@ def _try_batch(model: Model, params: Any, splits: Splits, task: Task) -> None:
 
 
 def finished(c: Comparison, cells: Iterable[Cell]) -> int:
-    """How many of the cells have a result."""
+    """Count the cells that have a result."""
     return sum(folder.finished(c.folder, cell.name) for cell in cells)
 
 
@@ -423,7 +440,7 @@ def train_together(
 
     Returns: why those that diverged did, by name.
     """
-    if c.options.lanes == "off" or hosts.count() > 1:
+    if c.options.lanes == "off" or hosts.process_count() > 1:
         return {}
     waiting, makers = [], []
     for cell in cells:
@@ -460,10 +477,10 @@ def run_chosen(
         columns = dataclasses.asdict(cell)  # pyright: ignore[reportArgumentType]
         if best.get(grid.arm(columns, over)) == grid.candidate(columns, over):
             mine.append(cell)
-    return run_cells(c, mine, run_cell, rank, console, place, begin)
+    return run_cells(c, mine, run_cell, rank=rank, console=console, place=place, begin=begin)
 
 
-def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result:
+def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.RunResult:
     """Run the strategy of a cell, or go on with it.
 
     rest: `model` and `params` in place of the comparison's, and what else `methods.run.run` takes.
@@ -492,7 +509,7 @@ def _settings(c: Comparison, cell: Cell, rest: dict[str, Any]) -> tuple[Model, A
 
 
 def row_of(
-    c: Comparison, columns: dict[str, Any], model: Model, result: run.Result
+    c: Comparison, columns: dict[str, Any], model: Model, result: run.RunResult
 ) -> dict[str, Any]:
     """The row of a run in results.csv. columns: what tells its cell from the others."""
     season = c.splits.series.season
@@ -535,7 +552,7 @@ def row_of(
     }
 
 
-def epoch_tests(result: run.Result, test: dict[str, Any]) -> dict[str, float | None]:
+def epoch_tests(result: run.RunResult, test: dict[str, Any]) -> dict[str, float | None]:
     """Give the test errors of the last epoch, and of the one with the lowest test MSE, of the last
     phase.
 
@@ -560,7 +577,7 @@ def keep(
     cell: Cell,
     final: tuple[Model, Any],
     row: dict[str, Any],
-    result: run.Result,
+    result: run.RunResult,
     shown: tuple[Model, Any] | None = None,
     **more: Any,
 ) -> None:
@@ -612,8 +629,8 @@ def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
     if not chosen.phases:
         return None
     key = training.keys(seed)["aux"]
-    model, params = prepared(chosen, c.model, c.params, key)
-    return c.task.evaluate(model, start_params(chosen, model, params, key), c.splits)[
+    model, params = prepared(chosen, c.model, c.params, aux_key=key)
+    return c.task.evaluate(model, start_params(chosen, model, params, aux_key=key), c.splits)[
         c.task.selects
     ]
 
@@ -683,7 +700,11 @@ def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None
     indices = ((np.arange(n) + 0.5) * windows.n / n).astype(np.int32)
     labels, stamps, shown = [], [], {"context": [], "target": [], "point": []}
     found = dict(
-        zip(shown, forecasting.forecast_windows(model, params, windows, indices), strict=True)
+        zip(
+            shown,
+            forecasting.forecast_windows(model, params, windows, indices=indices),
+            strict=True,
+        )
     )
     for k, i in enumerate(indices):
         where = windows.describe(int(i))
@@ -728,7 +749,7 @@ def main(
     words = sys.argv[1:] if argv is None else argv
 
     def one(words: Sequence[str]) -> int:
-        return main(words, parse, resolve, plan, compare, finish)
+        return main(words, parse, resolve, plan=plan, compare=compare, finish=finish)
 
     def work() -> int:
         several = lists.run(words, lists.out_of(words, "runs/several"), one)
@@ -736,7 +757,7 @@ def main(
             return several
         options = parse(words)
         with launch.started(options.hosts):
-            c = hosts.together(resolve, options)
+            c = hosts.on_every_host(resolve, options)
             launch.say(plan(c))
             if options.plan:
                 return 0

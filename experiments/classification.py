@@ -42,7 +42,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
 from ltsm_jax.tasks import random_kernels
-from ltsm_jax.tasks.classification import Classification, Examples, Parts, summarise
+from ltsm_jax.tasks.classification import Classification, Examples, Parts, accuracy_and_f1
 
 BASELINES = {"most_frequent": "most frequent class", "random_kernels": "random kernels + ridge"}
 HELD_OUT = 0.2
@@ -135,7 +135,9 @@ def resolve(options: Options) -> Comparison:
         "model": {"family": model.family, "config": model.config_to_dict()},
         "command": options.command(),
     }
-    return Comparison(options, model, params, problems, config, record)
+    return Comparison(
+        options=options, model=model, params=params, problems=problems, config=config, record=record
+    )
 
 
 def problem_of(path: str) -> Problem:
@@ -188,16 +190,16 @@ def score(c: Comparison, problem: Problem, method: str, seed: int) -> dict[str, 
     elif method == "random_kernels":
         train = problem.train
         guess = random_kernels.classify(
-            train.values, train.labels, np.asarray(parts.test.values), seed
+            train.values, train.labels, np.asarray(parts.test.values), seed=seed
         )
-        test = summarise(guess, labels)
+        test = accuracy_and_f1(guess, labels)
     else:
         model, params = with_head(c, problem, seed)
         result = run.run(
             model,
             params,
             strategy(method, alpha=c.options.alpha),
-            parts,
+            data=parts,
             task=TASK,
             seed=seed,
             config=c.config,
@@ -248,7 +250,7 @@ def compare(c: Comparison) -> list[str]:
     """Run all that has no result yet. Returns: what failed, a line each."""
 
     def run_cell(cell: Cell) -> task_runs.Outcome:
-        row = score(c, cell.problem, cell.method, cell.seed)
+        row = score(c, cell.problem, cell.method, seed=cell.seed)
         return task_runs.Outcome(row, f"test accuracy {row['test_accuracy']:.3f}")
 
     return task_runs.run_cells(c, cells_of(c), run_cell)
@@ -319,7 +321,7 @@ def _draw(file: Path, results: pd.DataFrame) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.classification`; returns the exit code."""
 
-    return task_runs.main(argv, parse, resolve, plan, compare, finish)
+    return task_runs.main(argv, parse, resolve, plan=plan, compare=compare, finish=finish)
 
 
 if __name__ == "__main__":

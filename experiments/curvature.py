@@ -168,11 +168,11 @@ def measure(options: Options, s: Subject, alpha: float) -> dict[str, Any]:
     mixed = jax.tree_util.Partial(mix_of_losses, loss, s.params, s.random, jnp.float32(alpha))
     still = jax.tree.map(jnp.zeros_like, s.params)
 
-    (top,) = curvature.top_eigenvalues(loss, params, 1, key, only=s.moves)
+    (top,) = curvature.top_eigenvalues(loss, params, 1, key=key, only=s.moves)
     trace, error = curvature.trace_estimate(
         loss, params, key, samples=options.samples, only=s.moves
     )
-    (mixed_top,) = curvature.top_eigenvalues(mixed, still, 1, key, only=s.moves)
+    (mixed_top,) = curvature.top_eigenvalues(mixed, still, 1, key=key, only=s.moves)
     mixed_trace, mixed_error = curvature.trace_estimate(
         mixed, still, key, samples=options.samples, only=s.moves
     )
@@ -186,7 +186,7 @@ def measure(options: Options, s: Subject, alpha: float) -> dict[str, Any]:
         "trace_error": error,
         "mixed_trace": mixed_trace,
         "mixed_trace_error": mixed_error,
-        "distance": distance(loss, params, mixed, still, key, s.moves),
+        "distance": distance(loss, params, mixed, at_other=still, key=key, moves=s.moves),
         "seconds": round(time.monotonic() - began, 1),
         **around.origin(),
     }

@@ -158,7 +158,9 @@ def summary(forecaster: Forecaster, name: str, task: Any, options: Options) -> d
     if tune:
         forecaster, training = tuned(forecaster, task, options)
     began = time.monotonic()
-    found = [forecasts(forecaster, task, window, options.seed) for window in task.iter_windows()]
+    found = [
+        forecasts(forecaster, task, window, seed=options.seed) for window in task.iter_windows()
+    ]
     return task.evaluation_summary(
         found,
         model_name=name,
@@ -206,7 +208,7 @@ def run(options: Options) -> pd.DataFrame:
                 forecaster = loaded[source]
                 if name == NAIVE:
                     forecaster = dataclasses.replace(forecaster, baseline=NAIVE)
-                found = summary(forecaster, name, task, options) | {"model_name": label}
+                found = summary(forecaster, name, task, options=options) | {"model_name": label}
                 record = {"facts": facts, "summary": json.loads(json.dumps(found, default=str))}
                 storage.write_record(file, record)
             row = record["summary"] | {"task": f"{number} {task.task_name}"}

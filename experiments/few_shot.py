@@ -67,7 +67,7 @@ def words_of(o: Options, data: str, model: str, share: float, more: Sequence[str
         flags.exact(share),
         "--test-each-epoch",
     ]
-    return [*words, *more, "--out", str(place_of(o, data, model, share))]
+    return [*words, *more, "--out", str(place_of(o, data, model, share=share))]
 
 
 def place_of(o: Options, data: str, model: str, share: float) -> Path:
@@ -87,7 +87,7 @@ def records_of(o: Options) -> list[dict[str, Any]]:
     """
     found = []
     for data, model, share in combinations(o):
-        place = place_of(o, data, model, share)
+        place = place_of(o, data, model, share=share)
         if not (place / folder.CSV).is_file():
             continue
         for cell in report.read_folder(place, report.rank).compared().cells:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from ltsm_jax.data.splits import QUIRKS
+from ltsm_jax.data.splits import SPLIT_QUIRKS
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.flags import (
     BELOW_1,
@@ -170,7 +170,7 @@ class Options:
     accept_license: bool = False
     """accept a licence that forbids commercial use; asked once for each repository"""
     head: Annotated[str | None, text("NAME")] = None
-    """put a fresh, untrained head of this name on the model (Model.heads); by default the
+    """put a fresh, untrained head of this name on the model (Model.head_names); by default the
     checkpoint's own stays
     """
     methods: Annotated[tuple[str, ...], words()] = ()
@@ -218,8 +218,8 @@ class Options:
     """steps the model sees"""
     quirks: Annotated[
         tuple[str, ...],
-        names(tuple(sorted(QUIRKS))),
-        described(f"released behaviours to follow, of {', '.join(sorted(QUIRKS))}"),
+        names(tuple(sorted(SPLIT_QUIRKS))),
+        described(f"released behaviours to follow, of {', '.join(sorted(SPLIT_QUIRKS))}"),
     ] = ()
     out: Annotated[str | None, text("FOLDER")] = None
     """folder of the results; by default runs/EXPERIMENT-DATA-MODEL"""

@@ -153,12 +153,11 @@ def table_of(rows: Sequence[dict[str, Any]], rank: Callable[[dict[str, Any]], An
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes out of it while the block runs; of several hosts
+    """Make the folder and lock it against other processes while the block runs; on several hosts
     all call.
 
-    The end of the process, however it comes, lets go of it. On a file system without locks nobody
-    is kept out.
-    Raises: UsageError where another process works in it.
+    The lock ends with the process, however that ends. On a file system without locks there is none.
+    Raises: UsageError where another process works in the folder.
     """
     with contextlib.ExitStack() as stack:
         hosts.on_first(_hold, folder, stack)
@@ -200,7 +199,7 @@ def check(folder: Path, record: Mapping[str, Any], optional: Sequence[str] = ())
             raise UsageError(
                 f"{file} is damaged ({err}); delete the folder or take another --out"
             ) from None
-        _compare(folder, old, json.loads(json.dumps(record)), optional)
+        _compare(folder, old, json.loads(json.dumps(record)), optional=optional)
         for name in optional:
             if record["settings"][name] is None:
                 record["settings"][name] = old["settings"].get(name)

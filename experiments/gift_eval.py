@@ -192,7 +192,9 @@ def evaluate(forecaster: Forecaster, panel: Panel, horizon: int, seed: int = 0) 
         "horizon": horizon,
         "windows": len(origins.items) // panel.n_items,
         "series": panel.n_items * panel.n_variates,
-        **scores(flat, found.quantiles.reshape(len(flat), horizon, -1), LEVELS, errors.ravel()),
+        **scores(
+            flat, found.quantiles.reshape(len(flat), horizon, -1), LEVELS, errors=errors.ravel()
+        ),
     }
 
 
@@ -210,7 +212,7 @@ def run(options: Options) -> pd.DataFrame:
         panel = read(data)
         horizon = options.horizon or horizon_of(panel.freq, options.term)
         for name, forecaster in forecasters.items():
-            found = evaluate(forecaster, panel, horizon, options.seed)
+            found = evaluate(forecaster, panel, horizon, seed=options.seed)
             rows.append({"data": panel.name, "model": name, "term": options.term, **found})
             launch.say(f"{panel.name}, {name}: MASE {found['mase']:.4f}, CRPS {found['crps']:.4f}")
     return pd.DataFrame(rows)

@@ -40,15 +40,15 @@ from experiments import cells, flags, imputation_report, launch, task_runs
 from ltsm_jax import storage, training
 from ltsm_jax.data import Splits, prepare
 from ltsm_jax.methods import binding, sweep
-from ltsm_jax.methods.run import Result, Running
+from ltsm_jax.methods.run import Running, RunResult
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import imputation
 from ltsm_jax.tasks.base import Part
 from ltsm_jax.tasks.imputation import HOLES, Imputation
 from ltsm_jax.training.lanes import ASKED
+from ltsm_jax.trees import Params
 
-Params = Any
 FILLS = "fills.npz"
 EXAMPLES = 3  # test windows whose holes are drawn
 
@@ -161,12 +161,17 @@ def resolve(options: Options) -> Comparison:
         model.check_task("imputation")
         for data in options.data:
             series = cells.read_series(data, options.reading)
-            own, ready = binding.ready_for(model, params, series, min(options.seeds))
+            own, ready = binding.ready_for(model, params, series, seed=min(options.seeds))
             rows = options.window
             splits = prepare(series, rows, rows, few_shot=options.few_shot, joint=True)
-            _try_batch(own, ready, splits, options)
+            _try_batch(own, ready, splits, o=options)
             settings.append(
-                Setting(series.name, own, ready, cells.thinned(splits, options.score_stride))
+                Setting(
+                    name=series.name,
+                    model=own,
+                    params=ready,
+                    splits=cells.thinned(splits, options.score_stride),
+                )
             )
     except (ValueError, OSError) as error:
         raise flags.UsageError(str(error)) from error
@@ -194,7 +199,7 @@ def resolve(options: Options) -> Comparison:
         "model": {"family": model.family, "config": model.config_to_dict()},
         "command": options.command(),
     }
-    return Comparison(options, settings, config, record)
+    return Comparison(options=options, settings=settings, config=config, record=record)
 
 
 def _try_batch(model: Model, params: Params, splits: Splits, o: Options) -> None:
@@ -217,8 +222,14 @@ def groups_of(c: Comparison) -> list[list[Cell]]:
                 group = []
                 for method in o.methods:
                     several = o.seeds if strategy(method).phases else o.seeds[:1]
-                    group += [Cell(setting, holes, rate, method, seed) for seed in several]
-                group += [Cell(setting, holes, rate, name, o.seeds[0]) for name in baselines]
+                    group += [
+                        Cell(setting=setting, holes=holes, rate=rate, method=method, seed=seed)
+                        for seed in several
+                    ]
+                group += [
+                    Cell(setting=setting, holes=holes, rate=rate, method=name, seed=o.seeds[0])
+                    for name in baselines
+                ]
                 found.append(group)
     return found
 
@@ -251,12 +262,12 @@ def compare(c: Comparison) -> list[str]:
     for group in groups:
         naive = functools.cache(functools.partial(_baselines, c, group[0]))
         run_cell = functools.partial(score, c, tuned(c, task_runs.waiting(c, group)), naive)
-        failures += task_runs.run_cells(c, group, run_cell, (first, total))
+        failures += task_runs.run_cells(c, group, run_cell, place=(first, total))
         first += len(group)
     return failures
 
 
-def tuned(c: Comparison, waiting: Sequence[Cell]) -> dict[str, Result | training.NonFiniteError]:
+def tuned(c: Comparison, waiting: Sequence[Cell]) -> dict[str, RunResult | training.NonFiniteError]:
     """Run the methods of a group, alike ones as lanes. Returns: results by the names of their
     cells."""
     runs = [cell for cell in waiting if cell.method in STRATEGIES]
@@ -264,7 +275,7 @@ def tuned(c: Comparison, waiting: Sequence[Cell]) -> dict[str, Result | training
         return {}
     makers = [functools.partial(begin, c, cell) for cell in runs]
 
-    def finish(running: Running) -> Result:
+    def finish(running: Running) -> RunResult:
         return running.result()
 
     asked: Any = c.options.lanes
@@ -276,10 +287,10 @@ def begin(c: Comparison, cell: Cell) -> Running:
     """Begin the training of a cell."""
     one = cell.setting
     return Running(
-        one.model,
-        one.params,
-        strategy(cell.method, alpha=c.options.alpha),
-        one.splits,
+        model=one.model,
+        params=one.params,
+        strategy=strategy(cell.method, alpha=c.options.alpha),
+        data=one.splits,
         task=c.task(cell),
         seed=cell.seed,
         config=c.config,
@@ -290,7 +301,7 @@ def begin(c: Comparison, cell: Cell) -> Running:
 
 def score(
     c: Comparison,
-    results: dict[str, Result | training.NonFiniteError],
+    results: dict[str, RunResult | training.NonFiniteError],
     naive: Callable[[Part], dict[str, Any]],
     cell: Cell,
 ) -> task_runs.Outcome:
@@ -362,7 +373,7 @@ def finish(c: Comparison, rows: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.imputation`; returns the exit code."""
-    return task_runs.main(argv, parse, resolve, plan, compare, finish)
+    return task_runs.main(argv, parse, resolve, plan=plan, compare=compare, finish=finish)
 
 
 if __name__ == "__main__":

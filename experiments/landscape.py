@@ -155,12 +155,12 @@ def measure(w: Work, name: str, params: Tree) -> dict[str, Any]:
         skip=lambda path: not s.moves(path),
         sff_directions=o.sff_directions,
     )
-    found = _surface(w, name, params, directions, place)
+    found = _surface(w, name, params, directions=directions, place=place)
     row: dict[str, Any] = {"name": name, **found.smoothness()}
     if o.eigenvalues:
         loss, key = s.loss(o, rows=True), jax.random.key(o.seed)
         launch.say(f"{name}: curvature at the centre")
-        top = curvature.top_eigenvalues(loss, params, o.eigenvalues, key, only=s.moves)
+        top = curvature.top_eigenvalues(loss, params, o.eigenvalues, key=key, only=s.moves)
         row |= {f"eigenvalue_{i}": float(value) for i, value in enumerate(top, 1)}
         row["trace"], row["trace_error"] = curvature.trace_estimate(loss, params, key, only=s.moves)
     row["seconds"] = round(time.monotonic() - began, 1)
@@ -227,7 +227,9 @@ def _compute_plane(w: Work, models: dict[str, Tree]) -> None:
         {"pretrained": models["pretrained"], "random": models["random"], "tuned": w.tuned}
     )
     x, y = plane.axes(w.options.points)
-    found = _surface(w, "plane", plane.origin, plane.directions, place / "plane", x=x, y=y)
+    found = _surface(
+        w, "plane", plane.origin, directions=plane.directions, place=place / "plane", x=x, y=y
+    )
 
     def write() -> None:
         with folder.replacing(place / PLANE) as temporary, temporary.open("wb") as stream:
@@ -283,7 +285,7 @@ def write_report(place: Path) -> Path:
     names = {name: label(name, settings["alpha"]) for name in NAMES}
     pictures = []
     if importlib.util.find_spec("matplotlib"):
-        pictures = _draw(place, surfaces, names, rows)
+        pictures = _draw(place, surfaces, names, rows=rows)
 
     count = sum(name.startswith("eigenvalue_") for name in rows[0])
     header = [
@@ -386,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         options = flags.parse(Options, sys.argv[1:] if argv is None else argv, __doc__)
         with launch.started(options.hosts):
-            w = hosts.together(resolve, options)
+            w = hosts.on_every_host(resolve, options)
             launch.say(plan(w))
             if options.plan:
                 return 0

@@ -3,7 +3,7 @@
 An experiment has `flags.Hosts` among its options, and runs inside
 
     with launch.started(options.hosts):
-        c = hosts.together(resolve, options)  # each host reads for itself; all fail with one
+        c = hosts.on_every_host(resolve, options)  # each host reads for itself; all fail with one
         launch.say(text)                      # one host prints
         hosts.on_first(write, ...)            # one host writes, the others wait; all fail with it
         hosts.stop_if_asked("...")            # between pieces of work: SIGTERM to one stops all

@@ -41,12 +41,12 @@ from experiments import flags, launch
 from ltsm_jax import trees
 from ltsm_jax.data import Splits, prepare
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.layers.masks import merge
+from ltsm_jax.layers.masks import apply_masks
 from ltsm_jax.methods.pruning.channels import (
     full_masks,
     gradient_sums,
     importance_of,
-    select,
+    pruning_step,
     share_left,
 )
 from ltsm_jax.models import Model
@@ -116,7 +116,13 @@ def compare(part: str, quantity: str, where: str, ours: Any, theirs: Any) -> Row
         raise ValueError(
             f"{part}, {quantity} {where}: ours has the shape {a.shape}, theirs {b.shape}"
         )
-    return Row(part, quantity, where, float(np.abs(a - b).max()), LIMITS[quantity])
+    return Row(
+        part=part,
+        quantity=quantity,
+        where=where,
+        difference=float(np.abs(a - b).max()),
+        limit=LIMITS[quantity],
+    )
 
 
 def file_of(folder: Path, stem: str, *suffixes: str) -> Path:
@@ -176,9 +182,9 @@ def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
     recorded random model.
     """
     record = _json(file_of(folder, "sff", ".json"))["direct"]
-    model, pretrained = tiny_timer(folder, "pre", "forecast", 96, 672)
-    drawn = tiny_timer(folder, "aux_False", "forecast", 96, 672)[1]
-    last = tiny_timer(folder, "last_False", "forecast", 96, 672)[1]
+    model, pretrained = tiny_timer(folder, "pre", "forecast", patch_len=96, context_len=672)
+    drawn = tiny_timer(folder, "aux_False", "forecast", patch_len=96, context_len=672)[1]
+    last = tiny_timer(folder, "last_False", "forecast", patch_len=96, context_len=672)[1]
     splits = etth1(672, few_shot=0.01, quirks=("few_shot_stride",))
 
     shown = np.load(file_of(folder, "first_False", ".npz"))
@@ -188,10 +194,16 @@ def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
             raise ValueError(f"sff: {part.n} windows to {name}, theirs has {shown[f'{name}_n']}")
         batch = part.gather(jnp.asarray([0, 1, part.n - 1]))
         yield compare(
-            "sff", "windows", name, np.asarray(batch["context"])[:, 0], shown[f"{name}_x"][..., 0]
+            "sff",
+            "windows",
+            name,
+            ours=np.asarray(batch["context"])[:, 0],
+            theirs=shown[f"{name}_x"][..., 0],
         )
         targets = np.asarray(batch["target"])[:, 0]
-        yield compare("sff", "windows", f"{name} targets", targets, shown[f"{name}_y"][..., 0])
+        yield compare(
+            "sff", "windows", f"{name} targets", ours=targets, theirs=shown[f"{name}_y"][..., 0]
+        )
 
     # No shuffling was recorded, so the steps are taken here in the order of the windows; all else
     # is the library's.
@@ -199,7 +211,7 @@ def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
     rule = Rule.of(TrainConfig())
     tx = rule.transformation()
     steps = -(-splits.train.n // BATCH)
-    rates = schedule("halving", LR, EPOCHS, steps)(np.arange(EPOCHS * steps))
+    rates = schedule("halving", LR, EPOCHS, steps_per_epoch=steps)(np.arange(EPOCHS * steps))
 
     @jax.jit
     def step(params, state, indices, rate):
@@ -219,19 +231,30 @@ def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
             )
             losses.append(float(value))
         where = f"epoch {epoch + 1}"
-        yield compare("sff", "train loss", where, np.mean(losses), record["train"][epoch])
+        yield compare(
+            "sff", "train loss", where, ours=np.mean(losses), theirs=record["train"][epoch]
+        )
         for name, key in (("validation", "val"), ("test", "test")):
             part = getattr(splits, key)
             found = forecasting.evaluate(model, params, part.take(np.arange(0, part.n, EVERY)))
             for metric in ("mse", "mae"):
                 theirs = record[key][epoch][metric]
-                yield compare("sff", f"{name} {metric.upper()}", where, found[metric], theirs)
+                yield compare(
+                    "sff", f"{name} {metric.upper()}", where, ours=found[metric], theirs=theirs
+                )
 
     ours, theirs = trees.flatten(params), trees.flatten(last)
     gaps = [
-        compare("sff", "last weights", "", ours[path], theirs[path]).difference for path in theirs
+        compare("sff", "last weights", "", ours=ours[path], theirs=theirs[path]).difference
+        for path in theirs
     ]
-    yield Row("sff", "last weights", f"{len(gaps)} tensors", max(gaps), LIMITS["last weights"])
+    yield Row(
+        part="sff",
+        quantity="last weights",
+        where=f"{len(gaps)} tensors",
+        difference=max(gaps),
+        limit=LIMITS["last weights"],
+    )
 
 
 def pruning(folder: Path, checkpoint: Path | None) -> Iterator[Row]:
@@ -261,7 +284,7 @@ def pruning(folder: Path, checkpoint: Path | None) -> Iterator[Row]:
     order = np.arange(p["windows"], dtype=np.int32) * p["stride"]
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     sums_of = jax.jit(
-        lambda masks, batch: gradient_sums(loss, params, masks, batch, jax.random.key(0))
+        lambda masks, batch: gradient_sums(loss, params, masks, batch=batch, key=jax.random.key(0))
     )
     importance = None
     batches = order.reshape(-1, p["batch"])
@@ -283,56 +306,74 @@ def pruning(folder: Path, checkpoint: Path | None) -> Iterator[Row]:
             np.abs(np.ravel(flat[path]) - stored[f"score{number}/{name}"]).max()
             for path, name in names.items()
         ]
-        yield Row("pruning", "scores", f"step {number + 1}", float(max(gaps)), LIMITS["scores"])
-        masks, importance = select(scores, masks, r_step)
+        yield Row(
+            part="pruning",
+            quantity="scores",
+            where=f"step {number + 1}",
+            difference=float(max(gaps)),
+            limit=LIMITS["scores"],
+        )
+        masks, importance = pruning_step(scores, masks, r_step)
     flat = trees.flatten(masks)
     differ = sum(
         int((np.ravel(flat[path]) != stored[f"mask/{name}"]).sum()) for path, name in names.items()
     )
     entries = sum(flat[path].size for path in names)
     yield Row(
-        "pruning", "masks", f"entries of {entries:,} that differ", float(differ), LIMITS["masks"]
+        part="pruning",
+        quantity="masks",
+        where=f"entries of {entries:,} that differ",
+        difference=float(differ),
+        limit=LIMITS["masks"],
     )
     yield compare(
-        "pruning", "share left", "", round(share_left(masks), 12), round(record["left"], 12)
+        "pruning",
+        "share left",
+        "",
+        ours=round(share_left(masks), 12),
+        theirs=round(record["left"], 12),
     )
     val = splits.val.take(np.arange(0, splits.val.n, p["every"]))
-    merged = merge(params, jax.tree.map(jnp.asarray, masks))
+    merged = apply_masks(params, jax.tree.map(jnp.asarray, masks))
     found = forecasting.evaluate(model, merged, val)["mse"]
-    yield compare("pruning", "pruned validation MSE", "", found, record["best_val"])
+    yield compare("pruning", "pruned validation MSE", "", ours=found, theirs=record["best_val"])
 
 
 def imputing(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
     """Fill in the recorded windows, with both losses."""
     with np.load(file_of(folder, "imp", ".npz")) as file:
         stored = dict(file)
-    model, params = tiny_timer(folder, "imp", "imputation", 24, 192)
+    model, params = tiny_timer(folder, "imp", "imputation", patch_len=24, context_len=192)
     x_BCT, visible_BCT = (jnp.asarray(np.moveaxis(stored[name], 1, 2)) for name in ("x", "mask"))
     for mode in ("ims", "direct"):
         error, scored = imputation.hidden_error(
-            model, params, x_BCT, visible_BCT > 0, key=None, train=False, ims=mode == "ims"
+            model, params, x_BCT, visible=visible_BCT > 0, key=None, train=False, ims=mode == "ims"
         )
         found = float(jnp.square(error).sum() / scored.sum())
-        yield compare("imputation", "masked MSE", mode, found, stored[mode])
+        yield compare("imputation", "masked MSE", mode, ours=found, theirs=stored[mode])
 
 
 def detecting(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
     """Score the tokens of the recorded series, and rank its anomaly, with the released quirks."""
     with np.load(file_of(folder, "ano", ".npz")) as file:
         stored = dict(file)
-    model, params = tiny_timer(folder, "ano", "anomaly_detection", 96, 768)
+    model, params = tiny_timer(folder, "ano", "anomaly_detection", patch_len=96, context_len=768)
     found = sorted(folder.glob("*_UCR_Anomaly_*.txt*"))
     if not found:
         raise NotAtHandError(f"{folder} has no series of the UCR archive")
     series = anomaly.read_ucr(found[0])
-    prepared = anomaly.prepare(series, quirks=("touching_is_hit", "uncovered_is_hit"))
+    prepared = anomaly.scale_series(series, quirks=("touching_is_hit", "uncovered_is_hit"))
     rows = (series.train_end, prepared.values.shape[-1])
     scores = anomaly.token_scores(
-        anomaly.row_errors(model, params, prepared.values, rows, tail=False)
+        anomaly.row_errors(model, params, prepared.values, rows=rows, tail=False)
     )
-    yield compare("anomaly", "token scores", f"{len(scores)} tokens", scores, stored["scores"])
+    yield compare(
+        "anomaly", "token scores", f"{len(scores)} tokens", ours=scores, theirs=stored["scores"]
+    )
     result = anomaly.evaluate(model, params, prepared)
-    yield compare("anomaly", "rank", f"of {int(stored['n'])}", result.rank, stored["rank"])
+    yield compare(
+        "anomaly", "rank", f"of {int(stored['n'])}", ours=result.rank, theirs=stored["rank"]
+    )
 
 
 PARTS: dict[str, Callable[[Path, Path | None], Iterator[Row]]] = {

@@ -62,7 +62,7 @@ from experiments.cells import read_series, thinned
 from experiments.folder import git_commit, held
 from ltsm_jax import hosts, sharding, storage
 from ltsm_jax.data import Series, prepare, synthetic
-from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder, shared
+from ltsm_jax.data.corpus import Pool, ScaledWindows, pool, read_folder, shared
 from ltsm_jax.data.splits import borders_of
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, forecasting, imputation
@@ -143,7 +143,7 @@ class Objective:
     context: int
     target: int
     loss: Callable[..., jax.Array]
-    validate: Callable[[Any, Scaled], Mapping[str, float]]
+    validate: Callable[[Any, ScaledWindows], Mapping[str, float]]
     words: str
 
 
@@ -194,23 +194,23 @@ def objective_of(model: Model, loss: str = "own") -> Objective:
     )
 
 
-def _forecast(model: Model, params: Any, windows: Scaled) -> dict[str, Any]:
+def _forecast(model: Model, params: Any, windows: ScaledWindows) -> dict[str, Any]:
     return forecasting.evaluate(model, params, windows)  # pyright: ignore[reportArgumentType]
 
 
 def _imputed(
-    model: Model, hidden: Mapping[str, Any], params: Any, windows: Scaled
+    model: Model, hidden: Mapping[str, Any], params: Any, windows: ScaledWindows
 ) -> dict[str, Any]:
     return imputation.evaluate(model, params, windows, split="val", **hidden)  # pyright: ignore[reportArgumentType]
 
 
-def _reconstructed(model: Model, params: Any, windows: Scaled) -> dict[str, float]:
+def _reconstructed(model: Model, params: Any, windows: ScaledWindows) -> dict[str, float]:
     one_batch = functools.partial(_window_mse, model, params, windows)
     return {"mse": float(in_batches(one_batch, windows.n, 128).mean())}
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _window_mse(model: Model, params: Any, windows: Scaled, indices: jax.Array) -> jax.Array:
+def _window_mse(model: Model, params: Any, windows: ScaledWindows, indices: jax.Array) -> jax.Array:
     batch = windows.gather(indices)
     x_BCT = jnp.concatenate([batch["context"], batch["target"]], axis=-1)
     y_BCT = model.reconstruct(params, x_BCT)
@@ -272,7 +272,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     chosen = np.random.default_rng(args.seed).permutation(n)[
         : min(per_epoch, n)
     ]  # as many as fill `steps` exactly
-    val = None if parts.val is None or not args.choose else Scaled(parts.val)
+    val = None if parts.val is None or not args.choose else ScaledWindows(parts.val)
     mesh = sharding.make_mesh(args.devices.mesh)
     if mesh is not None:
         start, notes = sharding.shard(start, model.shard_rules, mesh)
@@ -284,7 +284,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     result = fit(
         objective.loss,
         start,
-        Scaled(parts.train.take(np.sort(chosen))),
+        ScaledWindows(parts.train.take(np.sort(chosen))),
         config=TrainConfig(
             epochs=epochs,
             batch_size=args.batch_size,
@@ -445,7 +445,9 @@ def _train_and_score(args: Pretrain) -> pd.DataFrame | None:
         return None
     rows = []
     for data in args.evaluate:
-        rows += scores(model, params, data, args.parts, args.reading, args.score_stride)
+        rows += scores(
+            model, params, data, parts=args.parts, reading=args.reading, stride=args.score_stride
+        )
     results = pd.DataFrame(rows)
     results.insert(0, "model", name)
     hosts.on_first(results.to_csv, args.out / "results.csv", index=False)

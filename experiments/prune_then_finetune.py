@@ -57,7 +57,7 @@ from experiments import cells, flags, folder, launch, pruning_report, report
 from experiments.cells import Comparison
 from experiments.flags import BELOW_1, TINY, exact, names, number, numbers, one_of, whole
 from ltsm_jax import hosts, sharding, storage, trees
-from ltsm_jax.data.splits import QUIRKS
+from ltsm_jax.data.splits import SPLIT_QUIRKS
 from ltsm_jax.methods import pruning, redundancy, removal
 from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.strategies import STRATEGIES, Strategy, strategy
@@ -73,7 +73,7 @@ SAMPLE, BATCH = (
 NO_DROPOUT = "no-dropout"
 TUNED = tuple(m for m in STRATEGIES if m != "zero_shot")
 TUNE = ("chosen", "each", "all", "validated")
-ALL_QUIRKS = tuple(sorted({*QUIRKS, *pruning.QUIRKS, NO_DROPOUT}))
+ALL_QUIRKS = tuple(sorted({*SPLIT_QUIRKS, *pruning.PRUNING_QUIRKS, NO_DROPOUT}))
 SHARE = "above 0 and below 1"
 
 
@@ -169,7 +169,7 @@ class Options(flags.Options):
     @property
     def own_quirks(self) -> tuple[str, ...]:
         """Quirks of the pruning itself."""
-        return tuple(q for q in self.quirks if q in pruning.QUIRKS)
+        return tuple(q for q in self.quirks if q in pruning.PRUNING_QUIRKS)
 
     def problems(self, given: set[str]) -> list[str]:
         """Say what does not go together; `given`: the fields that were set."""
@@ -216,7 +216,7 @@ class Cell:
     @property
     def label(self) -> str:
         """It in words."""
-        name = pruning_report.label(self.method, self.alpha, self.ratio, self.ema)
+        name = pruning_report.label(self.method, self.alpha, self.ratio, ema=self.ema)
         return f"{name}{report.chosen_by(self.lr, self.origin)}, seed {self.seed}"
 
     @property
@@ -278,7 +278,9 @@ def whole_cells(options: Options, seeds: Sequence[int] | None = None) -> list[Ce
     found = []
     for method, alpha in arms:
         for seed in options.seeds if seeds is None else seeds:
-            found += _candidate_cells(options, Cell(method, alpha, None, None, seed))
+            found += _candidate_cells(
+                options, Cell(method=method, alpha=alpha, ratio=None, ema=None, seed=seed)
+            )
     return found
 
 
@@ -287,7 +289,10 @@ def pruned_cells(options: Options, seeds: Sequence[int] | None = None) -> list[C
     every = itertools.product(
         options.seeds if seeds is None else seeds, options.ema, options.shares
     )
-    return [Cell("pruned", None, ratio, ema, seed) for seed, ema, ratio in every]
+    return [
+        Cell(method="pruned", alpha=None, ratio=ratio, ema=ema, seed=seed)
+        for seed, ema, ratio in every
+    ]
 
 
 def tuned_cells(
@@ -301,7 +306,8 @@ def tuned_cells(
         for ratio, ema in pairs:
             for method, alpha in options.tunings:
                 found += _candidate_cells(
-                    options, Cell(f"pruned+{method}", alpha, ratio, ema, seed)
+                    options,
+                    Cell(method=f"pruned+{method}", alpha=alpha, ratio=ratio, ema=ema, seed=seed),
                 )
     return found
 
@@ -414,7 +420,13 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
         first = [*whole_cells(o), *pruned_cells(o)]
         total = len(first) + _n_tuned(o)
     failures = cells.run_cells(
-        c, first, work.run_cell, pruning_report.rank, console, (1, total), work.begin
+        c,
+        first,
+        work.run_cell,
+        rank=pruning_report.rank,
+        console=console,
+        place=(1, total),
+        begin=work.begin,
     )
     rows = hosts.on_first(_rows, c.folder, {cell.name for cell in first})
     choice = choose(rows, o)
@@ -428,24 +440,42 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
         grid_cells = _grid_cells(o, choice)
         place = (len(first) + 1, total)
         failures += cells.run_cells(
-            c, grid_cells, work.run_cell, pruning_report.rank, console, place, work.begin
+            c,
+            grid_cells,
+            work.run_cell,
+            rank=pruning_report.rank,
+            console=console,
+            place=place,
+            begin=work.begin,
         )
         others = [*whole_cells(o, o.seeds[1:]), *tuned_cells(o, _pairs(o, choice), o.seeds[1:])]
         if o.tune == "validated":
             others += pruned_cells(o, o.seeds[1:])
         place = (len(first) + len(grid_cells) + 1, total)
         return failures + cells.run_chosen(
-            c, others, work.run_cell, pruning_report.rank, console, place, work.begin
+            c,
+            others,
+            work.run_cell,
+            rank=pruning_report.rank,
+            console=console,
+            place=place,
+            begin=work.begin,
         )
     tuned = tuned_cells(o, _pairs(o, choice))
     place = (len(first) + 1, total)
     return failures + cells.run_cells(
-        c, tuned, work.run_cell, pruning_report.rank, console, place, work.begin
+        c,
+        tuned,
+        work.run_cell,
+        rank=pruning_report.rank,
+        console=console,
+        place=place,
+        begin=work.begin,
     )
 
 
 def _n_chosen(o: Options) -> int:
-    """How many runs the seeds after the first one add where validation chooses settings."""
+    """Count the runs that the seeds after the first one add where validation chooses settings."""
     arms = {(method, None if o.choose_alpha else alpha) for method, alpha in o.tunings}
     pairs = {"chosen": 1, "each": len(o.shares), "all": len(o.shares) * len(o.ema), "validated": 1}[
         o.tune
@@ -543,11 +573,11 @@ class Work:
             return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
         result = cells.tune(c, cell, strategy_of(cell))
         row = (
-            cells.row_of(c, cell.columns, result.model, result)
+            cells.row_of(c, cell.columns, result.model, result=result)
             | self.chosen(cell)
             | _sizes(c, c.params, c.params)
         )
-        cells.keep(c, cell, (result.model, result.params), row, result)
+        cells.keep(c, cell, (result.model, result.params), row=row, result=result)
         return row
 
     def begin(self, cell: Cell) -> Running:
@@ -582,7 +612,7 @@ class Work:
         masks, (_, _, method) = rest["masks"], cell.method.partition("+")
         result = cells.tune(c, cell, strategy_of(cell), **rest)
         small, small_params, _ = removal.remove(found.model, result.params, masks)
-        row = cells.row_of(c, cell.columns, found.model, result)
+        row = cells.row_of(c, cell.columns, found.model, result=result)
         row |= (
             self.chosen(cell)
             | _sizes(c, small_params, result.params)
@@ -638,7 +668,7 @@ class Work:
                 c.model,
                 c.params,
                 c.splits,
-                config,
+                config=config,
                 task=c.task,
                 seed=seed,
                 folder=c.folder / "masks" / name,
@@ -755,16 +785,19 @@ def redundancy_of(c: Comparison) -> dict[str, Any]:
     def lists(entry: Any) -> dict[str, Any]:
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(entry).items()}
 
+    windows = [part.n for part in some]
+    heads = {path: lists(h) for path, h in found.heads.items()}
+    units = {path: lists(u) for path, u in found.units.items()}
     return {
-        "windows": [part.n for part in some],
-        "heads": {path: lists(h) for path, h in found.heads.items()},
-        "units": {path: lists(u) for path, u in found.units.items()},
+        "windows": windows,
+        "heads": heads,
+        "units": units,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.prune_then_finetune`; returns the exit code."""
-    return cells.main(argv, parse, resolve, plan, compare, _finish)
+    return cells.main(argv, parse, resolve, plan=plan, compare=compare, finish=_finish)
 
 
 def _finish(path: Path, by: str) -> None:

@@ -160,7 +160,7 @@ def _body(summary: pd.DataFrame) -> list[list[str]]:
     for r in sized(summary).itertuples():
         body.append(
             [
-                label(r.method, r.alpha, r.ratio, r.ema),
+                label(r.method, r.alpha, r.ratio, ema=r.ema),
                 "" if r.fixed else str(r.seeds),
                 f"{r.parameters:,.0f} ({100 * r.parameters / r.whole_parameters:.0f} %)",
                 "" if pd.isna(r.latency_ms) else f"{r.latency_ms:.2f} ({r.whole_latency_ms:.2f})",
@@ -288,8 +288,8 @@ def verdict(
     """
     best = summary.loc[summary["val_mse"].idxmin()]
     text = (
-        f"Lowest validation MSE: {label(best.method, best.alpha, best.ratio, best.ema)}; its test "
-        "MSE is "
+        f"Lowest validation MSE: {label(best.method, best.alpha, best.ratio, ema=best.ema)}; "
+        "its test MSE is "
     )
     text += spread(best.test_mse, best.test_mse_std)
     if not pd.isna(best.vs_zero_shot):
@@ -307,7 +307,7 @@ def verdict(
     rivals = summary[summary["method"] != "zero_shot"]
     if blocks and len(rivals):
         rival = rivals.loc[rivals["val_mse"].idxmin()]
-        name = label(rival.method, rival.alpha, rival.ratio, rival.ema)
+        name = label(rival.method, rival.alpha, rival.ratio, ema=rival.ema)
         text += report.chance(
             name, blocks.get(_arm(rival)), blocks.get(("zero_shot", None, None, None))
         )
@@ -457,7 +457,7 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
     title = (
         f"Weights pruned at ratio {exact(choice['ratio'])}, EMA {exact(choice['ema'])}, first seed"
     )
-    pictures = _pictures(folder, masks, title, summary)
+    pictures = _pictures(folder, masks, title, summary=summary)
     dropout_off = "no-dropout" in (settings["quirks"] or "").split(",")
     lines = [
         f"# Pruning, then fine-tuning: {settings['data']}, {settings['model']}, "
@@ -579,7 +579,9 @@ def print_table(folder: str | Path, console: Console | None = None, by: str = "v
     caption = "mean ± std over seeds; vs: change of test MSE, paired by seed"
     styles: list[str | None] = [None] * len(rows)
     styles[int(np.argmin(rows["val_mse"].to_numpy()))] = "bold"
-    for table in report.fitted(HEADER, _body(rows), styles, title, caption, console):
+    for table in report.fitted(
+        HEADER, _body(rows), styles, title=title, caption=caption, console=console
+    ):
         console.print(table)
     console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
 

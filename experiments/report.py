@@ -172,11 +172,11 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
       the same seed; NaN where there is nothing to compare with), epochs, seconds. In order of first
       appearance.
     """
-    by_seed = {
-        m: g.set_index("seed")["test_mse"]
-        for m, g in results.groupby("method")
-        if m in ("zero_shot", "ff")
-    }
+    by_seed = {}
+    for method, group in results.groupby("method"):
+        if method in ("zero_shot", "ff"):
+            by_seed[method] = group.set_index("seed")["test_mse"]
+
     rows = []
     for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
         fixed = is_fixed(group)
@@ -189,15 +189,17 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
         for column in ERRORS:
             row[column] = group[column].mean()
             row[f"{column}_std"] = float("nan") if fixed else group[column].std()
+
+        # The seeds of a method and of its rival have the data order and the random model in common:
+        # paired differences vary less than those of the means. Seeds that only one of them has
+        # drop out.
         for other in ("zero_shot", "ff"):
-            base = by_seed.get(other)
-            change = (
-                group.set_index("seed")["test_mse"] / base - 1
-                if base is not None and method != other
-                else None
-            )
-            change = pd.Series(dtype=float) if change is None else 100 * change.dropna()
-            row[f"vs_{other}"], row[f"vs_{other}_std"] = change.mean(), change.std()
+            change = pd.Series(dtype=float)
+            if other in by_seed and method != other:
+                ratio = group.set_index("seed")["test_mse"] / by_seed[other]
+                change = 100 * (ratio - 1).dropna()
+            row[f"vs_{other}"] = change.mean()
+            row[f"vs_{other}_std"] = change.std()
         rows.append(row | {"epochs": group["epochs"].max(), "seconds": group["seconds"].mean()})
     return pd.DataFrame(rows)
 
@@ -223,23 +225,29 @@ def _table_rows(
         "epochs",
         "seconds",
     ]
-    body = [
-        [
-            names.get(r.method, r.method) + ("" if pd.isna(r.alpha) else f" {r.alpha:g}"),
-            "" if r.fixed else str(r.seeds),
-            spread(r.val_mse, r.val_mse_std),
-            spread(r.test_mse, r.test_mse_std),
-            spread(r.test_mae, r.test_mae_std),
-            spread(r.vs_zero_shot, r.vs_zero_shot_std, "+.2f"),
-            spread(r.vs_ff, r.vs_ff_std, "+.2f"),
-            str(int(r.epochs)),
-            f"{r.seconds:.0f}",
-        ]
-        for r in summary.itertuples()
-    ]
+    body = []
+    for r in summary.itertuples():
+        alpha = "" if pd.isna(r.alpha) else f" {r.alpha:g}"
+        body.append(
+            [
+                names.get(r.method, r.method) + alpha,
+                "" if r.fixed else str(r.seeds),
+                spread(r.val_mse, r.val_mse_std),
+                spread(r.test_mse, r.test_mse_std),
+                spread(r.test_mae, r.test_mae_std),
+                spread(r.vs_zero_shot, r.vs_zero_shot_std, "+.2f"),
+                spread(r.vs_ff, r.vs_ff_std, "+.2f"),
+                str(int(r.epochs)),
+                f"{r.seconds:.0f}",
+            ]
+        )
+
+    # Baselines have no seeds, epochs or training time.
     zero = summary.loc[summary["method"] == "zero_shot", "test_mse"]
     for b in baselines:
-        change = f"{100 * (b['test_mse'] / zero.iloc[0] - 1):+.2f}" if len(zero) else ""
+        change = ""
+        if len(zero):
+            change = f"{100 * (b['test_mse'] / zero.iloc[0] - 1):+.2f}"
         values = [f"{b[k]:.4f}" for k in ("val_mse", "test_mse", "test_mae")]
         body.append([names.get(b["method"], b["method"]), "", *values, change, "", "", ""])
     return header, body
@@ -327,7 +335,7 @@ def terminal_tables(
     styles = ["dim" if i >= len(summary) else None for i in range(len(body))]
     styles[int(np.argmin(values))] = "bold"
     caption = "mean ± std over seeds; vs: change of test MSE, paired by seed"
-    return fitted(header, body, styles, title, caption, console)
+    return fitted(header, body, styles, title=title, caption=caption, console=console)
 
 
 def fitted(
@@ -348,12 +356,16 @@ def fitted(
     for cells in body:
         rows.append([cell.replace("±", sign) for cell in cells])
     widths = [max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)]
+
+    # Columns go into the current part as long as it fits beside the first column.
     parts: list[list[int]] = [[]]
     for i in range(1, len(header)):
         used = widths[0] + sum(widths[j] for j in parts[-1])
         if parts[-1] and used + widths[i] > console.width:
             parts.append([])
         parts[-1].append(i)
+
+    # The title is above the first part only, the caption below the last.
     tables = []
     for part in parts:
         first, last = part is parts[0], part is parts[-1]
@@ -415,12 +427,13 @@ def plot_bars(
     )
     _draw_errors(axes[0, 0], rows)
     if len(zero):
-        _draw_changes(axes[0, 1], rows, results, zero)
+        _draw_changes(axes[0, 1], rows, results, zero=zero)
     figure.savefig(path)
 
 
 def _draw_errors(ax: Any, rows: Sequence[tuple]) -> None:
-    means, stds = np.array([r[2] for r in rows]), np.array([r[3] for r in rows], float)
+    means = np.array([r[2] for r in rows])
+    stds = np.array([r[3] for r in rows], float)
     ends = means + np.nan_to_num(stds)
     limit = 1.16 * ends[means <= FAR * means.min()].max()
     for i, (method, *_) in enumerate(rows):
@@ -572,7 +585,7 @@ def plot_validation(cells: Sequence[dict], path: Path) -> bool:
 
 
 def _fade(method: str, alpha: float | None, groups: Any) -> float:
-    """How strong a curve is drawn: the alphas of one method differ in it."""
+    """Opacity of a curve: the alphas of one method differ in it."""
     alphas = sorted(a for m, a in groups if m == method and a is not None)
     return (
         1.0
@@ -591,19 +604,24 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
         return False
     figure, axes = new_figure(9, 3.8, ncols=2)
     zero = summary[summary["method"] == "zero_shot"]
+    # The ends of every mixture: alpha 0 is training from scratch, alpha 1 plain fine-tuning.
+    ends = {"tfs": 0.0, "ff": 1.0}
     for ax, split in zip(axes, ("val", "test"), strict=True):
         for method in swept:
-            points = [(r.alpha, r) for r in summary.itertuples() if r.method == method]
-            points += [
-                ({"tfs": 0.0, "ff": 1.0}[r.method], r)
-                for r in summary.itertuples()
-                if r.method in ("tfs", "ff")
-            ]
+            points = []
+            for r in summary.itertuples():
+                if r.method == method:
+                    points.append((r.alpha, r))
+                elif r.method in ends:
+                    points.append((ends[r.method], r))
             points.sort(key=lambda p: p[0])
+            alphas = [a for a, _ in points]
+            means = [getattr(r, f"{split}_mse") for _, r in points]
+            stds = [getattr(r, f"{split}_mse_std") for _, r in points]
             ax.errorbar(
-                [a for a, _ in points],
-                [getattr(r, f"{split}_mse") for _, r in points],
-                yerr=np.nan_to_num([getattr(r, f"{split}_mse_std") for _, r in points]),
+                alphas,
+                means,
+                yerr=np.nan_to_num(stds),
                 capsize=3,
                 marker="o",
                 linewidth=2,
@@ -794,7 +812,13 @@ def read_folder(folder: Path, rank: Callable[[dict[str, Any]], Any], *more: str)
         zip(records.items(), rows, strict=True), key=lambda item: rank(item[1])
     ):
         cells.append({**row, **record, "folder": folder / "cells" / name})
-    return Found(folders.table_of(rows, rank), cells, run, baselines, damaged)
+    return Found(
+        table=folders.table_of(rows, rank),
+        cells=cells,
+        run=run,
+        baselines=baselines,
+        damaged=damaged,
+    )
 
 
 def write_report(folder: str | Path, by: str = "validation") -> Path:
@@ -813,7 +837,7 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
     if importlib.util.find_spec("matplotlib"):
         plots = folder / "plots"
         plots.mkdir(exist_ok=True)
-        plot_bars(summary, results, baselines, plots / "bars.png")
+        plot_bars(summary, results, baselines, path=plots / "bars.png")
         pictures.append(
             (
                 "bars",
@@ -941,7 +965,7 @@ def print_table(folder: str | Path, console: Console | None = None, by: str = "v
     title = (
         f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}{by_words(by)}"
     )
-    for table in terminal_tables(summary, found.baselines, title, console):
+    for table in terminal_tables(summary, found.baselines, title, console=console):
         console.print(table)
     console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
 

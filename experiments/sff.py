@@ -111,7 +111,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder."""
-        return cell_name(self.method, self.alpha, self.seed, self.lr, self.origin)
+        return cell_name(self.method, self.alpha, self.seed, lr=self.lr, origin=self.origin)
 
     @property
     def label(self) -> str:
@@ -158,12 +158,15 @@ def grid_cells(options: Options, seeds: Sequence[int]) -> tuple[Cell, ...]:
         for lr in options.lrs_of(method):
             for seed in seeds:
                 origins = options.origins if several and seed == options.seeds[0] else 1
-                found += [Cell(method, alpha, seed, lr, origin) for origin in range(origins)]
+                found += [
+                    Cell(method=method, alpha=alpha, seed=seed, lr=lr, origin=origin)
+                    for origin in range(origins)
+                ]
     return tuple(found)
 
 
 def n_chosen(options: Options) -> int:
-    """How many runs the seeds after the first one add where settings are chosen."""
+    """Count the runs that the seeds after the first one add where settings are chosen."""
     arms = {(m, None if options.choose_alpha else a) for m, a in options.tunings}
     return len(arms) * (len(options.seeds) - 1) if options.over else 0
 
@@ -194,12 +197,16 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     start = functools.partial(begin, c)
     first = cells_of(o)
     if not o.over:
-        return cells.run_cells(c, first, work, report.rank, console, begin=start)
+        return cells.run_cells(c, first, work, rank=report.rank, console=console, begin=start)
     total = len(first) + n_chosen(o)
-    failures = cells.run_cells(c, first, work, report.rank, console, (1, total), start)
+    failures = cells.run_cells(
+        c, first, work, rank=report.rank, console=console, place=(1, total), begin=start
+    )
     others = grid_cells(o, o.seeds[1:])
     place = (len(first) + 1, total)
-    return failures + cells.run_chosen(c, others, work, report.rank, console, place, start)
+    return failures + cells.run_chosen(
+        c, others, work, rank=report.rank, console=console, place=place, begin=start
+    )
 
 
 def strategy_of(options: Options, cell: Cell) -> Strategy:
@@ -229,7 +236,7 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     chosen = strategy_of(o, cell)
     result = cells.tune(c, cell, chosen, curvature_at=curvature_of(o, cell))
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
-    row = cells.row_of(c, columns, result.model, result)
+    row = cells.row_of(c, columns, result.model, result=result)
     if o.over:
         row |= {"lr": cell.lr if "lr" in o.over else row["lr"], "origin": cell.origin}
     row |= {
@@ -247,7 +254,7 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.sff`; returns the exit code."""
-    return cells.main(argv, parse, resolve, plan, compare, _finish)
+    return cells.main(argv, parse, resolve, plan=plan, compare=compare, finish=_finish)
 
 
 def _finish(folder: Path, by: str) -> None:

@@ -278,7 +278,16 @@ def pairs_of(o: Options) -> list[Pair]:
                     name = "released" if budget is None else str(budget)
                     if epochs not in seen:
                         found.append(
-                            Pair(data, model, share, name, epochs, epochs * an_epoch, flops, stride)
+                            Pair(
+                                data=data,
+                                model=model,
+                                few_shot=share,
+                                budget=name,
+                                epochs=epochs,
+                                steps=epochs * an_epoch,
+                                flops=flops,
+                                stride=stride,
+                            )
                         )
                     seen.add(epochs)
     return found
@@ -531,7 +540,9 @@ def block_interval(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
     if not len(gap):
         return math.nan, math.nan
     numbers = np.arange(len(gap))
-    found = checks.bootstrap_difference(gap, np.ones(len(gap)), numbers, np.zeros_like(numbers))
+    found = checks.bootstrap_difference(
+        gap, np.ones(len(gap)), numbers, item_W=np.zeros_like(numbers)
+    )
     return found.low, found.high
 
 

@@ -46,18 +46,22 @@ class Gpu:
 # Sizes as the driver reports them and as NVIDIA's data sheets and CUDA programming guide give them.
 GPUS = {
     "a100": Gpu(
-        "NVIDIA A100 80GB",
-        85_100_068_864,
-        2_039 * 10**9,
-        1.41,
-        108,
-        40 * 2**20,
-        (8, 0),
-        164 * 1024,
-        163 * 1024,
+        name="NVIDIA A100 80GB",
+        memory=85_100_068_864,
+        bandwidth=2_039 * 10**9,
+        clock=1.41,
+        cores=108,
+        l2=40 * 2**20,
+        capability=(8, 0),
+        shared_per_core=164 * 1024,
+        shared_per_block=163 * 1024,
     ),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352 * 10**9, 1.98),
-    "h200": Gpu("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4_800 * 10**9, 1.98),
+    "h100": Gpu(
+        name="NVIDIA H100 80GB HBM3", memory=84_942_979_072, bandwidth=3_352 * 10**9, clock=1.98
+    ),
+    "h200": Gpu(
+        name="NVIDIA H200 141GB HBM3e", memory=151_397_597_184, bandwidth=4_800 * 10**9, clock=1.98
+    ),
 }
 GPU_SHARE = (
     0.75  # of a GPU's memory that JAX reserves unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -149,7 +153,7 @@ def _tpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
             f"topology {text!r}: libtpu does not know it: {str(err).splitlines()[0]}"
         ) from err
     devices = tuple(topology.devices)
-    return Target(text, "tpu", devices, _hbm(devices[0]))
+    return Target(name=text, platform="tpu", devices=devices, capacity=_hbm(devices[0]))
 
 
 def _hbm(device: Any) -> int | None:
@@ -215,11 +219,16 @@ def _cuda(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
         target_config=target_config(gpu),
         topology=f"1x{hosts}x{each}",
     )
-    return Target(text, "cuda", tuple(topology.devices), int(gpu.memory * GPU_SHARE))
+    return Target(
+        name=text,
+        platform="cuda",
+        devices=tuple(topology.devices),
+        capacity=int(gpu.memory * GPU_SHARE),
+    )
 
 
 def module_folder(module: str) -> Path | None:
-    """Where an installed module lies, without importing it; None where it is not installed."""
+    """Locate an installed module without importing it; None where it is not installed."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
@@ -265,4 +274,4 @@ def _cpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
         raise ValueError(
             f"topology {text!r}: JAX has started with {len(devices)} CPU devices already"
         )
-    return Target(text, "cpu", tuple(devices), None)
+    return Target(name=text, platform="cpu", devices=tuple(devices), capacity=None)

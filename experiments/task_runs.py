@@ -211,11 +211,11 @@ def main(
     words = sys.argv[1:] if argv is None else argv
 
     def one(words: Sequence[str]) -> int:
-        return main(words, parse, resolve, plan, compare, finish)
+        return main(words, parse, resolve, plan=plan, compare=compare, finish=finish)
 
     def work() -> int:
         out = lists.out_of(words, "runs/several")
-        several = lists.run(words, out, one, ("--model", "--few-shot"))
+        several = lists.run(words, out, one, names=("--model", "--few-shot"))
         if several is not None:
             return several
         options = parse(words)

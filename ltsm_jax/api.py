@@ -11,7 +11,7 @@ import html
 import warnings as python_warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ import numpy as np
 import pandas as pd
 
 from ltsm_jax import hosts, trees
-from ltsm_jax.data import DataError, Splits
+from ltsm_jax.data import DataError, Series, Splits
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.data.windows import context_scale
 from ltsm_jax.loading import load
 from ltsm_jax.methods import pruning
-from ltsm_jax.methods.alpha import Choice, choose, require_mixing
+from ltsm_jax.methods.alpha import AlphaChoice, choose_alpha, require_mixing
 from ltsm_jax.methods.binding import (
     Bound,
     Data,
@@ -32,22 +32,23 @@ from ltsm_jax.methods.binding import (
     bind,
     check_params,
     drawn,
+    positive_int,
     ready_for,
-    whole,
 )
 from ltsm_jax.methods.checks import paired_difference
 from ltsm_jax.methods.pruning import PruneConfig, PruneResult
 from ltsm_jax.methods.removal import remove
-from ltsm_jax.methods.run import Result, run
+from ltsm_jax.methods.run import RunResult, run
 from ltsm_jax.methods.strategies import Strategy, strategy
 from ltsm_jax.methods.task_data import TASKS, ready
 from ltsm_jax.models import Forecast, Model
 from ltsm_jax.models.folders import save
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.tasks.anomaly import Prepared
+from ltsm_jax.tasks.anomaly import ScaledSeries
 from ltsm_jax.tasks.forecasting import Mode
 from ltsm_jax.training import TrainConfig
+from ltsm_jax.trees import Params
 
 __all__ = [
     "Fitted",
@@ -63,7 +64,6 @@ __all__ = [
     "save",
 ]
 
-Params = Any
 Kept = Literal["tuned", "zero_shot"]
 TaskName = Literal["forecasting", "imputation", "anomaly"]
 
@@ -98,11 +98,11 @@ class Fitted:
     tuned: dict[str, Any]
     difference: float
     interval: tuple[float, float]
-    result: Result
-    splits: Splits | Prepared
+    result: RunResult
+    splits: Splits | ScaledSeries
     model: Model
     naive: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    choice: Choice | None = None
+    choice: AlphaChoice | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -165,7 +165,7 @@ class Fitted:
 @hosts.interruptible()
 def fit(
     model: Model | PruneResult,
-    params: Params = None,
+    params: Params | None = None,
     data: Data | Splits | None = None,
     *,
     task: TaskName = "forecasting",
@@ -241,80 +241,153 @@ def fit(
         irregular=irregular,
         name=name,
     )
+    how = _How(keep, seed=seed, config=config, folder=folder, show_progress=show_progress)
     if task != "forecasting":
         other = {"horizon": horizon, "context_len": context_len, "mode": mode, "masks": masks}
         return _fit_task(
             task,
             model,
             params,
-            data,
-            options,
-            chosen,
+            data=data,
+            options=options,
+            chosen=chosen,
             given=[name for name, value in other.items() if value is not None],
             few_shot=few_shot,
-            seed=seed,
-            config=config,
-            keep=keep,
-            folder=folder,
-            show_progress=show_progress,
+            how=how,
         )
-    if isinstance(model, PruneResult):
-        found = model
-        if params is not None and data is not None:
-            raise ValueError(
-                "fit(found, data) takes model and parameters from the pruning result: leave params "
-                "away"
-            )
-        data = params if data is None else data
-        masks = found.masks if masks is None else masks
-        model, params = found.model, found.params
-        if data is None:
-            data = found.splits
-        elif not isinstance(data, Splits):
-            # What was pruned for one horizon is tuned for it, unless another is asked for.
-            horizon = found.splits.val.horizon if horizon is None else horizon
-            context_len = found.splits.val.context_len if context_len is None else context_len
-    elif masks is None:
-        check_params(model, params)
-        pruning.refuse_pruned(model, params)
-    if data is None:
-        raise ValueError(
-            "fit(model, params, data): there are no data; or fit(found, data) for a result of prune"
-        )
-
+    job = _job(model, params, data, masks=masks, horizon=horizon, context_len=context_len)
     bound = bind(
-        model,
-        params,
-        data,
-        options,
-        horizon=horizon,
-        context_len=context_len,
+        job.model,
+        job.params,
+        job.data,
+        options=options,
+        horizon=job.horizon,
+        context_len=job.context_len,
         mode=mode,
         few_shot=few_shot,
         seed=seed,
     )
-    model, params, splits, forecasts = bound.model, bound.params, bound.splits, bound.task
-    placement = Placement.of(params)
-    predictor = forecasts.predictor(model)
-    start = params if masks is None else pruning.merge(params, masks, placement)
-    before = forecasting.errors(predictor, start, splits.val, placement=placement)
-    result, choice = _tune(
+    fitted = _fit_forecasting(
         bound,
         method if chosen is None else chosen,
-        seed=seed,
-        config=config,
-        masks=masks,
-        folder=folder,
-        show_progress=show_progress,
+        masks=job.masks,
+        how=how,
     )
+    if fitted.result.warnings:
+        python_warnings.warn("; ".join(fitted.result.warnings), stacklevel=2)
+    return fitted
+
+
+class _How(NamedTuple):
+    """The arguments of `fit` that say how to train and what to keep, whatever the task."""
+
+    keep: Literal["best", "tuned"]
+    seed: int
+    config: TrainConfig | None
+    folder: str | Path | None
+    show_progress: bool
+
+    def run(self) -> dict[str, Any]:
+        """The keywords that `run` and `choose_alpha` share."""
+        return {
+            "seed": self.seed,
+            "config": self.config,
+            "folder": self.folder,
+            "show_progress": self.show_progress,
+        }
+
+
+class _Job(NamedTuple):
+    """The arguments of `fit` that a pruning result may stand for."""
+
+    model: Model
+    params: Params
+    data: Data | Splits
+    masks: Params | None
+    horizon: int | None
+    context_len: int | None
+
+
+def _job(
+    model: Model | PruneResult,
+    params: Any,
+    data: Data | Splits | None,
+    *,
+    masks: Params | None,
+    horizon: int | None,
+    context_len: int | None,
+) -> _Job:
+    """Resolve the two ways to call `fit`: with a model and its parameters, or a pruning result.
+
+    Raises: ValueError where data are missing or given twice, or a model was pruned and the masks
+      are missing.
+    """
+    if not isinstance(model, PruneResult):
+        if masks is None:
+            check_params(model, params)
+            pruning.refuse_pruned(model, params)
+        if data is None:
+            raise ValueError(
+                "fit(model, params, data): there are no data; or fit(found, data) for a result of "
+                "prune"
+            )
+        return _Job(
+            model=model,
+            params=params,
+            data=data,
+            masks=masks,
+            horizon=horizon,
+            context_len=context_len,
+        )
+
+    found = model
+    if params is not None and data is not None:
+        raise ValueError(
+            "fit(found, data) takes model and parameters from the pruning result: leave params away"
+        )
+    # `fit(found, data)`: the second argument is in the place of the parameters.
+    given: Any = params if data is None else data
+    if given is None:
+        given = found.splits
+    elif not isinstance(given, Splits):
+        # What was pruned for one horizon is tuned for it, unless another is asked for.
+        horizon = found.splits.val.horizon if horizon is None else horizon
+        context_len = found.splits.val.context_len if context_len is None else context_len
+    masks = found.masks if masks is None else masks
+    return _Job(
+        model=found.model,
+        params=found.params,
+        data=given,
+        masks=masks,
+        horizon=horizon,
+        context_len=context_len,
+    )
+
+
+def _fit_forecasting(
+    bound: Bound,
+    method: str | Strategy,
+    *,
+    masks: Params | None,
+    how: _How,
+) -> Fitted:
+    """Score the checkpoint, tune it, score it again, and let validation decide."""
+    splits, forecasts = bound.splits, bound.task
+    placement = Placement.of(bound.params)
+    start = bound.params
+    if masks is not None:
+        start = pruning.apply_masks(bound.params, masks, placement)
+    before = forecasting.errors(
+        forecasts.predictor(bound.model), start, splits.val, placement=placement
+    )
+    result, choice = _tune(bound, method, masks=masks, how=how)
     after = forecasting.errors(
         forecasts.predictor(result.model), result.params, splits.val, placement=placement
     )
+
     difference, interval = paired_difference(before, after, splits.val)
     zero_shot, tuned = forecasting.summarise(before), forecasting.summarise(after)
-    won = keep == "tuned" or tuned["mse"] < zero_shot["mse"]
-    if result.warnings:
-        python_warnings.warn("; ".join(result.warnings), stacklevel=2)
+    won = how.keep == "tuned" or tuned["mse"] < zero_shot["mse"]
     return Fitted(
         params=result.params if won else start,
         kept="tuned" if won else "zero_shot",
@@ -324,8 +397,8 @@ def fit(
         interval=interval,
         result=result,
         splits=splits,
-        model=result.model if won else model,
-        naive=forecasts.baselines(model, splits),
+        model=result.model if won else bound.model,
+        naive=forecasts.baselines(bound.model, splits),
         choice=choice,
         notes=splits.notes,
     )
@@ -349,15 +422,8 @@ def _strategy_of(method: str | Strategy, alpha: float | Literal["auto"] | None) 
 
 
 def _tune(
-    bound: Bound,
-    method: str | Strategy,
-    *,
-    seed: int,
-    config: TrainConfig | None,
-    masks: Params | None,
-    folder: str | Path | None,
-    show_progress: bool,
-) -> tuple[Result, Choice | None]:
+    bound: Bound, method: str | Strategy, *, masks: Params | None, how: _How
+) -> tuple[RunResult, AlphaChoice | None]:
     """Train on data that are bound to a model. method: a name where alpha has to be chosen.
 
     Returns: the run, and how alpha was chosen where it was.
@@ -369,25 +435,19 @@ def _tune(
             method,
             bound.splits,
             task=bound.task,
-            seed=seed,
-            config=config,
             masks=masks,
-            folder=folder,
             test=False,
-            show_progress=show_progress,
+            **how.run(),
         )
         return result, None
-    choice = choose(
+    choice = choose_alpha(
         bound.model,
         bound.params,
         bound.splits,
         method=method,
         task=bound.task,
-        seed=seed,
-        config=config,
         masks=masks,
-        folder=folder,
-        show_progress=show_progress,
+        **how.run(),
     )
     assert choice.result is not None, "it was trained"
     return choice.result, choice
@@ -396,18 +456,14 @@ def _tune(
 def _fit_task(
     kind: Literal["imputation", "anomaly"],
     model: Model | PruneResult,
-    params: Params,
+    params: Any,
     data: Data | Splits | None,
     options: ReadingOptions,
     chosen: Strategy | None,
     *,
     given: list[str],
     few_shot: float,
-    seed: int,
-    config: TrainConfig | None,
-    keep: Literal["best", "tuned"],
-    folder: str | Path | None,
-    show_progress: bool,
+    how: _How,
 ) -> Fitted:
     """Tune for another task than forecasting; validation decides as there.
 
@@ -430,7 +486,7 @@ def _fit_task(
     check_params(model, params)
     assert chosen is not None
     series = as_series(data, options)
-    model, params = ready_for(model, params, series, seed)
+    model, params = ready_for(model, params, series, seed=how.seed)
     made = ready(kind, model, series, few_shot=few_shot)
     zero_shot = made.task.evaluate(model, params, made.data, "val")
     result = run(
@@ -439,14 +495,11 @@ def _fit_task(
         chosen,
         made.data,
         task=made.task,
-        seed=seed,
-        config=config,
-        folder=folder,
         test=False,
-        show_progress=show_progress,
+        **how.run(),
     )
     found = made.difference(params, result.params)
-    won = keep == "tuned" or result.val["mse"] < zero_shot["mse"]
+    won = how.keep == "tuned" or result.val["mse"] < zero_shot["mse"]
     return Fitted(
         params=result.params if won else params,
         kept="tuned" if won else "zero_shot",
@@ -462,7 +515,7 @@ def _fit_task(
     )
 
 
-def _chosen(choice: Choice) -> str:
+def _chosen(choice: AlphaChoice) -> str:
     """Say which alpha was picked, and what the others gave."""
     scores = [f"{row['alpha']:g}: {row['score']:.4f}" for row in choice.table()]
     return f"alpha {choice.strategy.alpha:g}, picked by validation MSE ({', '.join(scores)})"
@@ -525,7 +578,7 @@ def prune(
         model,
         params,
         data,
-        options,
+        options=options,
         horizon=horizon,
         context_len=context_len,
         mode=mode,
@@ -536,7 +589,7 @@ def prune(
         bound.model,
         bound.params,
         bound.splits,
-        config,
+        config=config,
         task=bound.task,
         seed=seed,
         folder=folder,
@@ -581,7 +634,7 @@ def forecast(
       are not finite, and for a model that has to be tuned on such data first.
     Example: `ltsm_jax.forecast(model, params, "sales.csv", 48)`
     """
-    horizon = whole(horizon, "horizon")
+    horizon = positive_int(horizon, "horizon")
     check_params(model, params)
     options = ReadingOptions(
         target=target,
@@ -604,7 +657,22 @@ def forecast(
         )
     model, params = ready, ready_params
 
-    context_CL = series.values[:, -model.context_len :]
+    context_CL = _context(series, model.context_len)
+    mean_C1, std_C1 = context_scale(context_CL)
+    scaled_1CL = ((context_CL - mean_C1) / std_C1)[None].astype(np.float32)
+    found = _predict(model, params, scaled_1CL, horizon)
+    if not bool(np.isfinite(np.asarray(found.point)).all()):
+        _refuse_bad_weights(params)
+        raise ValueError(f"{series.name}: the forecast is not finite although data and weights are")
+    return _forecast_table(series, found, mean_C1, std_C1=std_C1)
+
+
+def _context(series: Series, context_len: int) -> np.ndarray:
+    """Take the last rows [C, L] of a series.
+
+    Raises: DataError naming the columns that hold no value there.
+    """
+    context_CL = series.values[:, -context_len:]
     empty = [
         column
         for column, row in zip(series.columns, context_CL, strict=True)
@@ -615,29 +683,33 @@ def forecast(
         raise DataError(
             f"{series.name}: no value in the last {context_CL.shape[1]} rows of {shown}"
         )
-    mean_C1, std_C1 = context_scale(context_CL)
-    scaled_1CL = ((context_CL - mean_C1) / std_C1)[None].astype(np.float32)
-    found = _predict(model, params, scaled_1CL, horizon)
-    if not bool(np.isfinite(np.asarray(found.point)).all()):
-        _refuse_bad_weights(params)
-        raise ValueError(f"{series.name}: the forecast is not finite although data and weights are")
+    return context_CL
 
-    def column_of(values_CH: Any) -> np.ndarray:
+
+def _forecast_table(
+    series: Series, found: Forecast, mean_C1: np.ndarray, std_C1: np.ndarray
+) -> pd.DataFrame:
+    """Lay out a forecast of one series as the table that `forecast` returns, in data units."""
+
+    def in_data_units(values_CH: Any) -> np.ndarray:
         return np.asarray(values_CH, np.float64) * std_C1 + mean_C1
 
-    stamps = series.stamps_after(horizon)
-    columns: list[tuple[str, Any]] = (
-        [] if stamps is None else [(series.time_name or "timestamp", series.in_zone(stamps))]
-    )
-    columns += zip(series.columns, column_of(found.point[0]), strict=True)
+    columns: list[tuple[str, Any]] = []
+    stamps = series.stamps_after(found.point.shape[-1])
+    if stamps is not None:
+        columns.append((series.time_name or "timestamp", series.in_zone(stamps)))
+    columns += zip(series.columns, in_data_units(found.point[0]), strict=True)
     for q, level in enumerate(found.levels):
+        assert found.quantiles is not None
         names = (f"{column} {level:g}" for column in series.columns)
-        columns += zip(names, column_of(found.quantiles[0, ..., q]), strict=True)
+        columns += zip(names, in_data_units(found.quantiles[0, ..., q]), strict=True)
+
     names = [column for column, _ in columns]
-    if twice := sorted({column for column in names if names.count(column) > 1}):
+    duplicates = sorted({column for column in names if names.count(column) > 1})
+    if duplicates:
         raise DataError(
             f"{series.name}: the forecast would have two columns called "
-            f"{', '.join(map(repr, twice))}; rename those of the table"
+            f"{', '.join(map(repr, duplicates))}; rename those of the table"
         )
     return pd.DataFrame(dict(columns))
 

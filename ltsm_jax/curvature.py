@@ -51,7 +51,7 @@ def hvp(loss: Loss, params: Tree, vector: Tree) -> Tree:
     problem = _Problem.of(loss, params, None)
     moving, _ = trees.partition(vector, problem.mask)
     product = _hvp(problem.loss, problem.params, moving)
-    return trees.merge(product, jax.tree.map(jnp.zeros_like, problem.rest))
+    return trees.combine(product, jax.tree.map(jnp.zeros_like, problem.rest))
 
 
 def top_eigenvalues(
@@ -96,7 +96,9 @@ def top_eigenvalues(
         residuals = np.abs(lanczos.next * vectors[-1, -k:])
         return bool(residuals.max() <= tolerance * np.abs(values).max())
 
-    found = _lanczos(problem, problem.normal, _key(key), max(steps, 2 * k), converged)
+    found = _lanczos(
+        problem, problem.normal, _key(key), steps=max(steps, 2 * k), converged=converged
+    )
     return found.eigen()[0][::-1][:k].copy()
 
 
@@ -167,7 +169,7 @@ def trace_estimate(
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """Where the eigenvalues of a Hessian lie.
+    """Distribution of the eigenvalues of a Hessian.
 
     Attributes:
       values: [S] float64, ascending: eigenvalues, or estimates of places where some lie.
@@ -239,7 +241,7 @@ def spectral_density(
         return Spectrum(values, np.full(len(values), 1 / len(values)), problem.size)
     values, weights = [], []
     for one in jax.random.split(_key(key), probes):
-        found = _lanczos(problem, problem.signs, one, steps)
+        found = _lanczos(problem, problem.signs, one, steps=steps)
         places, vectors = found.eigen()
         values.append(places)
         weights.append(np.square(vectors[0]) / probes)
@@ -335,7 +337,7 @@ class _Problem:
 
 
 def _with_rest(loss: Loss, rest: Tree, moving: Tree) -> jax.Array:
-    return loss(trees.merge(moving, rest))
+    return loss(trees.combine(moving, rest))
 
 
 def _hvp(loss: Loss, params: Tree, vector: Tree) -> Tree:

@@ -26,8 +26,8 @@ from ltsm_jax.plotting import NO_PICTURES, new_figure
 from ltsm_jax.tasks import anomaly
 from ltsm_jax.tasks.detection_scores import spans_of
 from ltsm_jax.training import TrainConfig
+from ltsm_jax.trees import Params
 
-Params = Any
 FEWEST = 100  # rows that a threshold is chosen on
 SHOWN = 10  # ranges that are printed
 RESULT = ("score", "anomalous", "column")  # names of what is found
@@ -58,7 +58,7 @@ class Detected:
 
     @property
     def n_anomalous(self) -> int:
-        """How many rows are anomalous."""
+        """Number of anomalous rows."""
         return int(self.table["anomalous"].to_numpy(bool).sum())
 
     def ranges(self) -> pd.DataFrame:
@@ -194,7 +194,7 @@ def detect(
             f"{series.name}: a target is called {', '.join(taken)}, as a column of the result is; "
             "rename it"
         )
-    model, params = ready_for(model, params, series, seed)
+    model, params = ready_for(model, params, series, seed=seed)
     cut = int(first * series.n_rows)
     window = _window(series, cut)
     values = Scaler.fit(series.values[:, :cut]).transform(series.values).astype(np.float32)
@@ -202,17 +202,25 @@ def detect(
     notes = list(series.notes)
     if chosen.phases:
         params = _tuned(
-            model, params, chosen, series.name, values, cut, seed, config, show_progress
+            model,
+            params,
+            chosen,
+            name=series.name,
+            values=values,
+            cut=cut,
+            seed=seed,
+            config=config,
+            show_progress=show_progress,
         )
         notes.append(f"tuned on the first {cut:,} rows by {chosen.name}")
     errors = np.full(values.shape, np.nan)
     for column, row in enumerate(values):
         rows = (anomaly.TOKEN, series.n_rows)
         errors[column, anomaly.TOKEN :] = anomaly.row_errors(
-            model, params, row[None], rows, window=window
+            model, params, row[None], rows=rows, window=window
         )
     notes.append(f"the first {anomaly.TOKEN} rows are context alone and have no score")
-    return _detected(series, errors, cut, quantile, params, notes)
+    return _detected(series, errors, cut, quantile=quantile, params=params, notes=notes)
 
 
 def _window(series: Series, cut: int) -> int:
@@ -252,7 +260,7 @@ def _tuned(
         model,
         params,
         chosen,
-        prepared,
+        data=prepared,
         task=task,
         seed=seed,
         config=config,
@@ -295,4 +303,11 @@ def _detected(
     if series.n_variates > 1:
         highest = np.array(series.columns, object)[relative.argmax(axis=0)]
         columns["column"] = np.where(known.any(axis=0), highest, "")
-    return Detected(pd.DataFrame(columns), threshold, cut, series, params, tuple(notes))
+    return Detected(
+        table=pd.DataFrame(columns),
+        threshold=threshold,
+        first_rows=cut,
+        series=series,
+        params=params,
+        notes=tuple(notes),
+    )

@@ -101,6 +101,7 @@ def environment() -> dict[str, Any]:
       `backend`, `devices`, and `caches`: folder, free bytes and a `problem` ("" where there is
         none) by kind.
     """
+    devices = [f"{device.device_kind} {device.id}" for device in jax.local_devices()]
     versions = {}
     for name in ("ltsm-jax", *PACKAGES, *OPTIONAL):
         try:
@@ -113,7 +114,7 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "backend": jax.default_backend(),
-        "devices": [f"{device.device_kind} {device.id}" for device in jax.local_devices()],
+        "devices": devices,
         "caches": {kind: _cache(storage.cache_folder(kind)) for kind in CACHES},
     }
 
@@ -139,7 +140,7 @@ def _cache(folder: Path) -> dict[str, Any]:
 # the forecasts
 
 
-def weights(path: str, shape: tuple[int, ...], unit_scaled: bool = False) -> np.ndarray:
+def fixed_weights(path: str, shape: tuple[int, ...], unit_scaled: bool = False) -> np.ndarray:
     """Draw the weights [*shape] of one parameter, float64: the same on every machine and with every
     version.
 
@@ -167,7 +168,7 @@ def patient(family: str) -> tuple[Model, trees.Tree, np.ndarray]:
     model = FAMILIES[family](FAMILIES[family].small())
     variates = 2 if model.variates == "joint" else 1
     model, like = model.for_series(
-        _drawn(folders.shapes(model), model.unit_scaled),
+        _drawn(folders.param_shapes(model), model.unit_scaled),
         n_variates=variates,
         freq="h",
         key=jax.random.key(0),
@@ -185,11 +186,11 @@ def patient(family: str) -> tuple[Model, trees.Tree, np.ndarray]:
 def _drawn(like: trees.Tree, unit_scaled: bool) -> trees.Tree:
     params = {}
     for path, leaf in trees.flatten(like).items():
-        params[path] = jnp.asarray(weights(path, leaf.shape, unit_scaled), leaf.dtype)
+        params[path] = jnp.asarray(fixed_weights(path, leaf.shape, unit_scaled), leaf.dtype)
     return trees.unflatten(params)
 
 
-def forecast(family: str) -> dict[str, np.ndarray]:
+def fixed_forecast(family: str) -> dict[str, np.ndarray]:
     """Forecast the fixed series: `point` [C, H] and, where the family has them, `quantiles` [C, H,
     Q].
     """
@@ -222,13 +223,23 @@ def examine_family(family: str) -> Check:
     start = time.perf_counter()
     difference, problem = float("nan"), ""
     try:
-        difference, problem = _compare(forecast(family), answers()[family], tolerance)
+        difference, problem = _compare(fixed_forecast(family), answers()[family], tolerance)
     except Exception as error:  # of a compiler or a driver, with any class
         said = " ".join(str(error).split())[:300]
         problem = f"no forecast: {type(error).__name__}: {said}"
     if problem:
         problem += f"; {_advice(accelerated)}"
-    return Check(family, difference, tolerance, time.perf_counter() - start, problem)
+    return Check(
+        family=family,
+        difference=difference,
+        tolerance=tolerance,
+        seconds=time.perf_counter() - start,
+        problem=problem,
+    )
+
+
+def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def _compare(
@@ -237,9 +248,7 @@ def _compare(
     """Give the largest difference of two forecasts, and what is wrong with the first; "" for
     nothing.
     """
-    if {name: array.shape for name, array in found.items()} != {
-        name: array.shape for name, array in stored.items()
-    }:
+    if _shapes(found) != _shapes(stored):
         return float("nan"), "the forecast has another shape than the stored one"
     if not all(np.isfinite(array).all() for array in found.values()):
         return float("nan"), "the forecast is not finite"
@@ -281,7 +290,7 @@ def record(file: Path = ANSWERS, *, families: Iterable[str] = tuple(FAMILIES)) -
     found = {}
     for family in FAMILIES:
         if family in wanted:
-            arrays = forecast(family)
+            arrays = fixed_forecast(family)
             found[family] = {name: _rounded(array) for name, array in arrays.items()}
         elif family in stored:
             found[family] = stored[family]

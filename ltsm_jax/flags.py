@@ -129,13 +129,15 @@ def _one(values: Sequence[Any], text: str) -> Any:
 
 def wholes(low: float, high: float = math.inf, *, says: str, unset: str = "none") -> Check:
     """Take whole numbers in [low, high], separated by commas; `says` puts the range in words."""
-    return check(lambda text: _numbers(int, low, high, says, text), "N,N,...", unset)
+    return check(lambda text: _numbers(int, low, high, says=says, text=text), "N,N,...", unset)
 
 
 def whole(low: float, high: float = math.inf, *, says: str = "", unset: str = "none") -> Check:
     """Take one whole number in [low, high]."""
     words = says or f"at least {low}"
-    return check(lambda text: _one(_numbers(int, low, high, words, text), text), "N", unset)
+    return check(
+        lambda text: _one(_numbers(int, low, high, says=words, text=text), text), "N", unset
+    )
 
 
 def whole_or(word: str, low: float) -> Check:
@@ -143,7 +145,9 @@ def whole_or(word: str, low: float) -> Check:
 
     def read(text: str) -> int | str:
         says = f"at least {low}, or {word}"
-        return word if text == word else _one(_numbers(int, low, math.inf, says, text), text)
+        return (
+            word if text == word else _one(_numbers(int, low, math.inf, says=says, text=text), text)
+        )
 
     return check(read, "N")
 
@@ -153,17 +157,19 @@ def read_numbers(text: str, low: float, high: float, *, says: str) -> tuple[floa
 
     Raises: ValueError; `FLAG` in its message stands for the option.
     """
-    return _numbers(float, low, high, says, text)
+    return _numbers(float, low, high, says=says, text=text)
 
 
 def numbers(low: float, high: float, *, says: str, unset: str = "none") -> Check:
     """Take numbers in [low, high], separated by commas."""
-    return check(lambda text: _numbers(float, low, high, says, text), "X,X,...", unset)
+    return check(lambda text: _numbers(float, low, high, says=says, text=text), "X,X,...", unset)
 
 
 def number(low: float, high: float, *, says: str, unset: str = "none") -> Check:
     """Take one number in [low, high]."""
-    return check(lambda text: _one(_numbers(float, low, high, says, text), text), "X", unset)
+    return check(
+        lambda text: _one(_numbers(float, low, high, says=says, text=text), text), "X", unset
+    )
 
 
 def number_or(word: str, low: float, high: float, *, unset: str = "none") -> Check:
@@ -171,7 +177,9 @@ def number_or(word: str, low: float, high: float, *, unset: str = "none") -> Che
 
     def read(text: str) -> float | str:
         says = f"between {low:g} and {high:g}, or {word}"
-        return word if text == word else _one(_numbers(float, low, high, says, text), text)
+        return (
+            word if text == word else _one(_numbers(float, low, high, says=says, text=text), text)
+        )
 
     return check(read, "X", unset)
 
@@ -370,31 +378,14 @@ def command(options: Any, always: Sequence[str] = (), without: Sequence[str] = (
 
 # Options of the library's functions that are options here, under their own name where nothing else
 # is said.
-PYTHON_NAMES = {
-    **{
-        field.name: field.name for field in dataclasses.fields(PanelOptions) if field.name != "name"
-    },
-    "quantile_levels": "levels",
-    **{
-        name: name
-        for name in (
-            "horizon",
-            "alpha",
-            "mode",
-            "epochs",
-            "batch_size",
-            "lr",
-            "schedule",
-            "few_shot",
-        )
-    },
-    "context_len": "context",
-    "first": "first",
-    "mesh": "mesh",
-    "accumulate": "accumulate",
-    "compute": "compute",
-    "remat": "remat",
-}
+_READING = [field.name for field in dataclasses.fields(PanelOptions) if field.name != "name"]
+_SAME_NAMES = (
+    *_READING,
+    *("horizon", "alpha", "mode", "epochs", "batch_size", "lr", "schedule", "few_shot"),
+    *("first", "mesh", "accumulate", "compute", "remat"),
+)
+PYTHON_NAMES = {name: name for name in _SAME_NAMES}
+PYTHON_NAMES |= {"quantile_levels": "levels", "context_len": "context"}
 _VALUE = (
     r"(?P<none>\(\))|(?P<list>\[[^\]\n]*\])"
     r"""|(?P<quote>['"])(?P<quoted>[^'"\n]*)(?P=quote)|(?P<bare>[\w.+-]*\w|\.\.\.)"""

@@ -23,20 +23,28 @@ from ltsm_jax.data import BENCHMARKS, DataError, Panel, Series, load_series, rea
 from ltsm_jax.data.panel_windows import PanelSplits, spread
 from ltsm_jax.loading import Loaded, export, load_whole
 from ltsm_jax.methods import auto_ets, estimates
-from ltsm_jax.methods.binding import check_params, drawn, whole
+from ltsm_jax.methods.binding import check_params, drawn, positive_int
 from ltsm_jax.methods.conformal import WINDOWS, Calibration, rolling_origins
 from ltsm_jax.methods.decision import ZERO_SHOT, Verdict
 from ltsm_jax.methods.strategies import Strategy
-from ltsm_jax.methods.verdict import BUDGET, Alpha, Compared, Prepared, Tuning, compare, prepare
+from ltsm_jax.methods.verdict import (
+    BUDGET,
+    Alpha,
+    BoundPanel,
+    Compared,
+    TuningPlan,
+    bind_panel,
+    compare,
+)
 from ltsm_jax.models import Model, folders
 from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.report import write_report
 from ltsm_jax.tasks import panels
 from ltsm_jax.tasks.forecasting import Mode, Predictor, SeasonalNaive, naive_forecasts
-from ltsm_jax.tasks.panels import Found, Origins
+from ltsm_jax.tasks.panels import Origins, PanelForecast
 from ltsm_jax.training import TrainConfig, progress, timing
+from ltsm_jax.trees import Params
 
-Params = Any
 FACTS = "forecaster"  # entry of a model folder's provenance
 LEVELS = (0.1, 0.5, 0.9)
 MOST_ETS = 100  # forecasts that AutoETS is calibrated on; each is a fit of its own
@@ -146,7 +154,9 @@ class Forecaster:
             notes.append(
                 f"the verdict was to forecast with {self.baseline}; what is exported is the model"
             )
-        found = Loaded(self.model, self.params, self.provenance, self.buffers)
+        found = Loaded(
+            model=self.model, params=self.params, provenance=self.provenance, buffers=self.buffers
+        )
         return notes + export(found, path, overwrite=overwrite)
 
     def _facts(self) -> dict[str, Any]:
@@ -217,7 +227,7 @@ class Forecaster:
         budget: int | None = BUDGET,
         mode: Mode | None = None,
         seed: int = 0,
-        prepared: Prepared | None = None,
+        prepared: BoundPanel | None = None,
         folder: str | Path | None = None,
         show_progress: bool = True,
     ) -> "Forecaster":
@@ -278,7 +288,7 @@ class Forecaster:
             self.model,
             self.params,
             panel,
-            horizon,
+            horizon=horizon,
             methods=methods,
             alpha=alpha,
             masks=masks,
@@ -291,11 +301,19 @@ class Forecaster:
             folder=None if folder is None else Path(folder) / "training",
             show_progress=show_progress,
         )
+        fitted = self._deployed(panel, found)._calibrated_on_held_out(found, seed)
+        if folder is not None:
+            fitted.save(Path(folder) / "model", overwrite=True)
+            write_report(found.verdict, folder)
+        return fitted
+
+    def _deployed(self, panel: Panel, found: Compared) -> "Forecaster":
+        """Take over what a comparison found worth deploying, and the columns it was found on."""
         deploy, scored = found.verdict.deploy, found.verdict.context_len
         # What was tuned or chosen on shorter contexts forecasts from such; the checkpoint as it is
         # needs no other.
         shorter = deploy != ZERO_SHOT and scored < (self.context_len or self.model.context_len)
-        fitted = dataclasses.replace(
+        return dataclasses.replace(
             self,
             model=found.model,
             params=found.params,
@@ -311,11 +329,6 @@ class Forecaster:
             baseline=deploy if deploy in NAIVE else None,
             verdict=found.verdict,
         )
-        fitted = fitted._calibrated_on_held_out(found, seed)
-        if folder is not None:
-            fitted.save(Path(folder) / "model", overwrite=True)
-            write_report(found.verdict, folder)
-        return fitted
 
     def prepared(
         self,
@@ -325,16 +338,16 @@ class Forecaster:
         masks: Params | None = None,
         mode: Mode | None = None,
         seed: int = 0,
-    ) -> Prepared:
+    ) -> BoundPanel:
         """Cut the windows that `fit` works on, to look at them first; arguments as there.
 
         Raises: ValueError (DataError) for data, names and lengths that do not work.
         """
-        return prepare(
+        return bind_panel(
             self.model,
             self.params,
             panel,
-            horizon,
+            horizon=horizon,
             masks=masks,
             context_len=self.context_len,
             mode=mode,
@@ -404,7 +417,7 @@ class Forecaster:
         Raises: ValueError (DataError) for data that cannot be used, and for levels that neither the
           model nor the history can say.
         """
-        horizon = whole(horizon, "horizon")
+        horizon = positive_int(horizon, "horizon")
         levels = _checked_levels(quantile_levels)
         options = {
             "id": id,
@@ -422,7 +435,7 @@ class Forecaster:
         }
         panel = self.read(df, **options)
         found, notes = self._forecast(panel, horizon, levels, seed, show_progress)
-        return _table(panel, found, levels, (*panel.notes, *notes))
+        return _table(panel, found, levels, notes=(*panel.notes, *notes))
 
     def estimate(
         self,
@@ -431,7 +444,7 @@ class Forecaster:
         *,
         quantile_levels: Sequence[float] = LEVELS,
         work_follows: bool = True,
-    ) -> timing.Estimate:
+    ) -> timing.TimeEstimate:
         """Estimate the time that `predict` takes for a panel (see `read`): a batch is timed, and
         compiled for it.
 
@@ -445,8 +458,8 @@ class Forecaster:
         )
 
     def estimate_fit(
-        self, prepared: Prepared, work: Tuning, *, seed: int = 0, work_follows: bool = True
-    ) -> timing.Estimate:
+        self, prepared: BoundPanel, work: TuningPlan, *, seed: int = 0, work_follows: bool = True
+    ) -> timing.TimeEstimate:
         """Estimate the time of `fit` on windows that `prepared` cut: tuning, scores, and errors for
         intervals.
 
@@ -474,13 +487,13 @@ class Forecaster:
         *,
         measured: bool,
         work_follows: bool,
-    ) -> timing.Estimate:
+    ) -> timing.TimeEstimate:
         """Estimate `_from`."""
         return estimates.of_forecast(
             by.predictor,
             by.params,
             panel,
-            horizon,
+            horizon=horizon,
             context_len=by.context_len,
             origins=origins,
             on_host=by.on_host,
@@ -554,7 +567,7 @@ class Forecaster:
 
     def _forecast(
         self, panel: Panel, horizon: int, levels: tuple[float, ...], seed: int, show_progress: bool
-    ) -> tuple[Found, tuple[str, ...]]:
+    ) -> tuple[PanelForecast, tuple[str, ...]]:
         """Forecast after the end of every item; quantiles at all `levels`."""
         by = self._forecasts_with(panel)
         own, rest = by.split(panel, horizon, levels)
@@ -594,16 +607,16 @@ class Forecaster:
     def _origins(
         self, by: "Way", panel: Panel, horizon: int, rest: tuple[float, ...]
     ) -> tuple[Origins, Origins]:
-        """Where forecasts begin: the end of every item, and then those in the past, which come
-        alone as well.
+        """Origins of forecasts: the end of every item, and then those in the past, which come alone
+        as well.
 
-        Origins in the past, for errors at the levels `rest` that nobody has measured yet, go in
-        together with the end of every item: then no shape is compiled twice.
+        Errors at the levels `rest` need origins in the past where they are not measured yet. These
+        are forecast together with the end of every item, so that no shape is compiled twice.
         """
         before = Origins.none()
         if rest and self._calibration_of(panel, horizon) is None:
             before = rolling_origins(
-                panel, horizon, by.context_len, MOST_ETS if by.on_host else None
+                panel, horizon, by.context_len, windows=MOST_ETS if by.on_host else None
             )
         return Origins.after(panel).and_then(before), before
 
@@ -615,7 +628,7 @@ class Forecaster:
         levels: Sequence[float] = (),
         *,
         seed: int = 0,
-    ) -> Found:
+    ) -> PanelForecast:
         """Forecast after any rows of a panel, as arrays: for scores of past forecasts.
 
         Args:
@@ -657,7 +670,7 @@ class Forecaster:
         by = self._forecasts_with(panel)
         if origins is None:
             origins = rolling_origins(
-                panel, horizon, by.context_len, MOST_ETS if by.on_host else None
+                panel, horizon, by.context_len, windows=MOST_ETS if by.on_host else None
             )
         if not len(origins.items):
             raise ValueError("no item is long enough")
@@ -677,16 +690,16 @@ class Forecaster:
         measured: bool,
         seed: int,
         told: Callable[[int, int], None] | None = None,
-    ) -> Found:
+    ) -> PanelForecast:
         """Forecast after `origins`.
 
         Raises: ValueError where that at the end of an item is not finite.
         """
-        found = panels.forecast(
+        found = panels.forecast_panel(
             by.predictor,
             by.params,
             panel,
-            horizon,
+            horizon=horizon,
             context_len=by.context_len,
             origins=origins,
             levels=levels,
@@ -721,23 +734,28 @@ class Forecaster:
         context_len = self.context_len or self.model.context_len
         if self.baseline is None:
             model, params = self._ready(n_targets, freq)
-            return Way(model, params, context_len, model.variates == "joint")
+            return Way(
+                predictor=model,
+                params=params,
+                context_len=context_len,
+                joint=model.variates == "joint",
+            )
         if self.baseline == "auto_ets":
-            if not auto_ets.available():
+            if not auto_ets.is_installed():
                 raise ValueError(
                     "this forecaster forecasts with AutoETS: pip install statsforecast"
                 )
             # Windows of one call; the model plays no part.
             return Way(
-                SeasonalNaive(),
-                {},
-                context_len,
-                False,
-                functools.partial(_ets, season=season),
+                predictor=SeasonalNaive(),
+                params={},
+                context_len=context_len,
+                joint=False,
+                on_host=functools.partial(_ets, season=season),
             )
         # Of a step without a season, the seasonal naive forecast is the last value.
         naive = naive_forecasts(season) | {"seasonal_naive": SeasonalNaive(season)}
-        return Way(naive[self.baseline], {}, context_len, False)
+        return Way(predictor=naive[self.baseline], params={}, context_len=context_len, joint=False)
 
     def _ready(self, n_targets: int, freq: str | None) -> tuple[Model, Params]:
         """The model ready for such data; nothing is drawn at random."""
@@ -751,7 +769,7 @@ class Forecaster:
                 f"these: {len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune it "
                 "on them first"
             )
-        return model, sharding.together(params)
+        return model, sharding.colocate(params)
 
     def _unmeasured(
         self, panel: Panel, horizon: int, levels: tuple[float, ...], problem: str
@@ -793,7 +811,7 @@ class Forecaster:
 
 
 def _held_out(splits: PanelSplits, most: int, seed: int) -> Origins:
-    """Where validation and test targets begin, `most` of these places at most, spread evenly."""
+    """Origins of the validation and test targets, `most` of these places at most, spread evenly."""
     pairs = []
     for windows in (splits.val, splits.test):
         # Windows of several targets of an item begin in one place.
@@ -831,13 +849,20 @@ class Way:
         if self.on_host is None:
             members = panel.n_variates if self.joint else 1
             kinds = panels.beside(self.predictor, panel)
-            own = panels.own_levels(self.predictor, self.params, members, horizon, levels, kinds)
+            own = panels.own_levels(
+                self.predictor,
+                self.params,
+                members,
+                horizon=horizon,
+                wanted=levels,
+                covariates=kinds,
+            )
         return own, tuple(level for level in sorted(levels) if level not in own)
 
 
 def _with_quantiles(
-    found: Found, levels: tuple[float, ...], calibration: Calibration | None
-) -> Found:
+    found: PanelForecast, levels: tuple[float, ...], calibration: Calibration | None
+) -> PanelForecast:
     """A forecast with its quantiles and those at `levels` that a calibration says, rising.
 
     Without a calibration these lie on the forecast.
@@ -856,7 +881,7 @@ def _with_quantiles(
 
 
 def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
-    return auto_ets.forecast(contexts, horizon, season)
+    return auto_ets.ets_forecast(contexts, horizon, season)
 
 
 _PLAIN = ("freq", "time", "licence", "baseline")  # texts or None
@@ -891,7 +916,7 @@ def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
         found["calibration"] = None if told is None else Calibration.from_json(told)
         found["context_len"] = facts.get("context_len")
         if found["context_len"] is not None:
-            found["context_len"] = whole(found["context_len"], "context_len")
+            found["context_len"] = positive_int(found["context_len"], "context_len")
         told = facts.get("verdict")
         found["verdict"] = None if told is None else Verdict.from_json(told)
     except (AttributeError, ValueError) as err:
@@ -906,7 +931,9 @@ def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:
         found = tuple(float(level) for level in levels)
     except (TypeError, ValueError):
         found = (np.nan,)
-    if not all(0 < level < 1 for level in found) or len({f"{x:g}" for x in found}) < len(found):
+    # Levels are names of columns, in six digits: those that differ later would be one column.
+    names = {f"{level:g}" for level in found}
+    if not all(0 < level < 1 for level in found) or len(names) < len(found):
         raise ValueError(
             f"quantile_levels are numbers between 0 and 1, each once, such as {LEVELS}; got "
             f"{levels!r}"
@@ -927,7 +954,7 @@ def _refuse_bad_weights(params: Params) -> None:
 
 
 def _table(
-    panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[str, ...]
+    panel: Panel, found: PanelForecast, levels: tuple[float, ...], notes: tuple[str, ...]
 ) -> pd.DataFrame:
     """The long table of a forecast."""
     n, c, horizon = found.point.shape

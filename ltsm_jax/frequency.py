@@ -129,7 +129,7 @@ def season_of(freq: Any) -> int:
 
 
 def on_wall(freq: str) -> bool:
-    """Whether a canonical step is counted on the clock on the wall: a day and more."""
+    """Return whether a canonical step is counted on the clock on the wall: a day and more."""
     return count_unit(freq)[1] in WALL
 
 
@@ -179,7 +179,7 @@ class DayRule:
         return np.busday_offset(start, self.number, roll="forward", weekmask=self.weekmask)
 
     def holds(self, stamps: np.ndarray) -> np.ndarray:
-        """Which stamps [T] fall on the day, bool [T]."""
+        """Mask of the stamps [T] that fall on the day, bool [T]."""
         return self.days(stamps.astype("datetime64[M]")) == stamps.astype("datetime64[D]")
 
 
@@ -260,7 +260,7 @@ class Grid:
 
     def stamps(self, places: np.ndarray) -> np.ndarray:
         """Stamps [T] datetime64[us] at whole places [T]."""
-        return stamps_from(self.first, places, self.freq, self.rule)
+        return stamps_from(self.first, places, self.freq, rule=self.rule)
 
 
 def places_from(first: Any, stamps: np.ndarray, freq: str) -> np.ndarray:
@@ -386,7 +386,7 @@ def infer_freq(stamps: np.ndarray) -> str | None:
 
 
 def _skips_weekends(stamps: np.ndarray) -> bool:
-    """Whether a Monday follows a Friday in sorted stamps [T], and no stamp is on a weekend."""
+    """Return whether sorted stamps [T] step from Friday to Monday and have none on a weekend."""
     days = stamps.astype("datetime64[D]")
     next_business_day = np.busday_count(days[:-1], days[1:]) == 1
     over_a_weekend = next_business_day & (np.diff(days).astype(np.int64) > 1)

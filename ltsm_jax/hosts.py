@@ -32,9 +32,8 @@ from jax.experimental import multihost_utils
 AUTO = "auto"  # --coordinator auto: the cluster says who takes part
 # exit code after SIGTERM: all is saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
 EXIT_STOPPED = 75
-EXIT_INTERRUPTED = (
-    130  # exit code after Ctrl-C, which is saved as well; nobody wants it started again by itself
-)
+# exit code after Ctrl-C: all is saved, but the command should not be restarted automatically
+EXIT_INTERRUPTED = 130
 
 _stop = threading.Event()
 _asked_by = [signal.SIGTERM]  # the signal that has set it
@@ -93,7 +92,8 @@ def session(
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let a Ctrl-C inside the block wait for what is being computed, where nobody else handles it.
+    """Defer a Ctrl-C inside the block until the running computation is done, unless another handler
+    is installed.
 
     KeyboardInterrupt is raised by `pause`, by what is `stopping`, or at the end of the block; a
     second Ctrl-C raises it at once. It must not come out of JAX's compiler: the process then ends
@@ -202,8 +202,8 @@ def initialize(
         ) from err
 
 
-def count() -> int:
-    """How many hosts there are."""
+def process_count() -> int:
+    """Number of hosts."""
     return jax.process_count()
 
 
@@ -213,23 +213,25 @@ def index() -> int:
 
 
 def first() -> bool:
-    """Whether this is the host that writes and speaks."""
+    """Return whether this is the host that writes and speaks."""
     return jax.process_index() == 0
 
 
 def agree(*values: int) -> np.ndarray:
     """Gather every host's values: [hosts, values] int32, the same on all. Waits for all hosts."""
     mine = np.asarray(values, np.int32)
-    return mine[None] if count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
+    return (
+        mine[None] if process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
+    )
 
 
-def together(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def on_every_host(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`f(...)` on every host; where it fails on one, it fails on all. `f` must not itself wait for
     other hosts.
 
     Raises: what `f` raises here; OtherHostError where it raised elsewhere.
     """
-    if count() == 1:
+    if process_count() == 1:
         return f(*args, **kwargs)
     result = error = None
     try:
@@ -248,9 +250,9 @@ def on_first(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`f(...)` on the first host alone; all wait for it and get its result (JSON-able), or fail
     with it.
     """
-    if count() == 1:
+    if process_count() == 1:
         return f(*args, **kwargs)
-    said = together(lambda: json.dumps(f(*args, **kwargs)) if first() else "")
+    said = on_every_host(lambda: json.dumps(f(*args, **kwargs)) if first() else "")
     return json.loads(_texts(said)[0])
 
 
@@ -302,5 +304,5 @@ def pause() -> None:
     """Between two batches, where there is one host, which need not agree. Raises: `stopped` when it
     was asked to.
     """
-    if stopping() and count() == 1:
+    if stopping() and process_count() == 1:
         raise stopped("between two batches")

@@ -1,12 +1,11 @@
-"""Files of models on the hub: names, what is there, what has been fetched, and where the converted
-copy is kept.
+"""Models of the hub: names, listings, downloads, and the cache of converted copies.
 
 A hub name is "owner/name" or "owner/name@revision". Its files go through huggingface_hub, whose
 cache, token and switches (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are used as they are.
-Nothing is fetched of weights whose licence forbids commercial use before somebody has accepted it
-(`require_licence`). What they become is kept as a model folder of this library,
-`<cache>/models/hub-1/<owner>--<name>/<commit>`, beside which `refs/<revision>` says the commit of a
-revision, for times without network.
+Weights whose licence forbids commercial use are not fetched before the licence is accepted
+(`require_licence`). A converted copy is a model folder of this library,
+`<cache>/models/hub-1/<owner>--<name>/<commit>`; beside it, `refs/<revision>` holds the commit of a
+revision, for use without network.
 """
 
 import contextlib
@@ -54,15 +53,13 @@ _MAX_JSON = 1 << 20  # bytes of a config; the largest published one has a few th
 _MAX_INDEX = 1 << 26
 _DAY = 86400
 _FORBIDS = re.compile(r"(?i)\bnc\b|non-?commercial")
-# licences or repositories, separated by commas, for machines where nobody is asked
+# licences or repositories, separated by commas, for machines without a user to ask
 ACCEPT = "LTSM_ACCEPT_LICENSE"
 _said: set[tuple[str, str]] = set()
 
 
 class LicenceError(PermissionError):
-    """Weights whose licence forbids commercial use, and nobody on this machine has accepted
-    it yet.
-    """
+    """The licence of the weights forbids commercial use and was not accepted on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +74,12 @@ class Name:
 
     @property
     def store(self) -> Path:
-        """Where the converted copies of all its commits are kept."""
+        """Folder of the converted copies of all its commits."""
         return storage.cache_folder("models") / STORE / self.repo.replace("/", "--")
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Snapshot:
     """A resolved name: a commit, and its files (of the top folder) as the hub or the cache lists
     them.
     """
@@ -104,7 +101,7 @@ class Found:
         return self.name.store / self.commit
 
 
-def parse(source: str, revision: str | None = None) -> Name | None:
+def parse_name(source: str, revision: str | None = None) -> Name | None:
     """The hub name that a text is; None where it can't be one.
 
     Raises: ValueError for two different revisions.
@@ -132,7 +129,7 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
-def find(name: Name, token: str | None = None, *, converted: bool = True) -> Found:
+def resolve(name: Name, token: str | None = None, *, converted: bool = True) -> Snapshot:
     """Resolve a name to a commit and its files. One request to the hub, none for a commit whose
     converted copy is there; the copy of an earlier time where the hub does not answer or refuses.
 
@@ -143,7 +140,7 @@ def find(name: Name, token: str | None = None, *, converted: bool = True) -> Fou
     from huggingface_hub import HfApi
 
     if converted and _COMMIT.fullmatch(name.revision) and (name.store / name.revision).is_dir():
-        return Found(name, name.revision, {})
+        return Snapshot(name, name.revision, {})
     try:
         api = HfApi(endpoint=endpoint(), library_name="ltsm_jax")
         revision = None if name.revision == "main" else name.revision
@@ -158,7 +155,7 @@ def find(name: Name, token: str | None = None, *, converted: bool = True) -> Fou
             for s in info.siblings or []
             if _FILE.fullmatch(s.rfilename)
         }
-        return Found(name, commit, files, _licence(info))
+        return Snapshot(name=name, commit=commit, files=files, licence=_licence(info))
     # Its own errors, those of either of two HTTP clients, and of answers that are not JSON.
     except Exception as error:
         kept = _kept(name, _reason(error), converted)
@@ -178,14 +175,14 @@ def _licence(info: Any) -> str | None:
     return "".join(c for c in str(told) if c.isprintable())[:100] if told else None
 
 
-def _kept(name: Name, why: str, converted: bool) -> Found | None:
+def _kept(name: Name, why: str, converted: bool) -> Snapshot | None:
     """Find what is kept on disk: a converted copy, else the files in huggingface_hub's cache."""
     with contextlib.suppress(OSError):
         commit = (
             (name.store / "refs" / urllib.parse.quote(name.revision, safe="")).read_text().strip()
         )
         if converted and _COMMIT.fullmatch(commit) and (name.store / commit).is_dir():
-            return Found(name, commit, {}, why=why)
+            return Snapshot(name, commit, {}, why=why)
     snapshot = _snapshot(name)
     if snapshot is None:
         return None
@@ -195,10 +192,16 @@ def _kept(name: Name, why: str, converted: bool) -> Found | None:
         if p.is_file() and _FILE.fullmatch(p.name)
     }
     try:
-        wanted = weights(files)
+        wanted = weights_file(files)
     except ValueError:
         return None
-    return Found(name, snapshot.name, files, None, snapshot, why) if wanted in files else None
+    return (
+        Snapshot(
+            name=name, commit=snapshot.name, files=files, licence=None, snapshot=snapshot, why=why
+        )
+        if wanted in files
+        else None
+    )
 
 
 def _snapshot(name: Name) -> Path | None:
@@ -218,7 +221,7 @@ def _snapshot(name: Name) -> Path | None:
     return found if found.is_dir() and _COMMIT.fullmatch(found.name) else None
 
 
-def weights(files: Iterable[str]) -> str:
+def weights_file(files: Iterable[str]) -> str:
     """The file of a repository that holds the weights, or the index of several.
 
     Raises: ValueError for none, or several that could be it.
@@ -241,7 +244,7 @@ def weights(files: Iterable[str]) -> str:
 
 
 def download(
-    found: Found,
+    found: Snapshot,
     token: str | None = None,
     *,
     accept_license: bool = False,
@@ -263,7 +266,7 @@ def download(
     """
     require_licence(found.name.repo, found.licence or known, accept_license)
     try:
-        main = weights(found.files)
+        main = weights_file(found.files)
     except ValueError as error:
         raise ValueError(f"{found.name} at {endpoint()}: {error}") from None
     endings = (".json",) if "config.json" in found.files else (".json", ".yaml", ".yml")
@@ -279,9 +282,9 @@ def download(
         )
     digests = {}
     with _progress():
-        paths = {name: _fetch(found, name, token, digests) for name in [*beside, main]}
+        paths = {name: _fetch(found, name, token, digests=digests) for name in [*beside, main]}
         for name in _shards(found, paths[main]) if main.endswith(".index.json") else ():
-            _fetch(found, name, token, digests)
+            _fetch(found, name, token, digests=digests)
     facts = {
         "repo": found.name.repo,
         "revision": found.name.revision,
@@ -292,7 +295,7 @@ def download(
     return paths[main], {"hub": facts} | ({"licence": found.licence} if found.licence else {})
 
 
-def _shards(found: Found, index: Path) -> list[str]:
+def _shards(found: Snapshot, index: Path) -> list[str]:
     """The files that an index names and the repository has; the converter says what is wrong with
     the others.
     """
@@ -309,7 +312,7 @@ def _shards(found: Found, index: Path) -> list[str]:
     )
 
 
-def _fetch(found: Found, name: str, token: str | None, digests: dict[str, str]) -> Path:
+def _fetch(found: Snapshot, name: str, token: str | None, digests: dict[str, str]) -> Path:
     from huggingface_hub import hf_hub_download
 
     size, expected = found.files[name]
@@ -384,7 +387,7 @@ def _progress() -> Iterator[None]:
             enable_progress_bars()
 
 
-def remember(found: Found) -> None:
+def remember(found: Snapshot) -> None:
     """Keep which commit a revision is, and remove what conversions that were killed have left.
     Errors of a cache that can't be written are no errors of the caller's.
     """
@@ -400,12 +403,12 @@ def remember(found: Found) -> None:
 
 
 def is_non_commercial(licence: str) -> bool:
-    """Whether a licence, by its name or in words, forbids commercial use."""
+    """Return whether a licence, by its name or in words, forbids commercial use."""
     return _FORBIDS.search(licence) is not None
 
 
 def require_licence(repo: str, licence: str | None, accept: bool = False) -> None:
-    """Let nobody use non-commercial weights unasked: `accept`, once, is kept by repository and
+    """Require that a non-commercial licence is accepted; `accept` is remembered by repository and
     licence.
 
     It is kept in `$LTSM_CACHE/licences` (else ~/.cache/ltsm_jax/licences); `$LTSM_ACCEPT_LICENSE`
@@ -437,13 +440,13 @@ def require_licence(repo: str, licence: str | None, accept: bool = False) -> Non
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(time.strftime("accepted %Y-%m-%d\n"))
     except OSError as error:
-        say(
+        print_note(
             f"that the licence of {repo} is accepted can't be kept, and will be asked again: "
             f"{error}"
         )
 
 
-def say_licence(found: Found, record: Mapping[str, Any]) -> None:
+def say_licence(found: Snapshot, record: Mapping[str, Any]) -> None:
     """One line to stderr with the licence of the weights, once a process and model.
 
     record: `provenance` of the model folder.
@@ -477,10 +480,10 @@ def say_local_licence(path: Path, record: Mapping[str, Any]) -> None:
 def _say_once(what: str, commit: str, line: str) -> None:
     if (what, commit) not in _said:
         _said.add((what, commit))
-        say(line)
+        print_note(line)
 
 
-def say(line: str) -> None:
+def print_note(line: str) -> None:
     """One line to stderr."""
     print(f"ltsm_jax: {line}", file=sys.stderr)
 

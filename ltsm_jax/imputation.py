@@ -32,8 +32,8 @@ from ltsm_jax.plotting import NO_PICTURES, new_figure
 from ltsm_jax.tasks import imputation
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.training import TrainConfig
+from ltsm_jax.trees import Params
 
-Params = Any
 Fill = Literal["auto", "anchored", "model", "linear"]
 FILLS: tuple[Fill, ...] = ("anchored", "model", "linear")  # the first where nothing can be measured
 WORDS = {"anchored": "model, anchored", "model": "model", "linear": "straight line"}
@@ -70,7 +70,7 @@ class Imputed:
 
     @property
     def n_filled(self) -> int:
-        """How many cells were filled."""
+        """Number of cells that were filled."""
         return int(
             self.table[[f"{name}{FILLED}" for name in self.panel.columns]].to_numpy(bool).sum()
         )
@@ -176,14 +176,16 @@ def impute(
         "irregular": irregular,
         "name": name,
     }
-    panel = read(data, **{key: value for key, value in asked.items() if value is not None})
+    panel = read_for_imputation(
+        data, **{key: value for key, value in asked.items() if value is not None}
+    )
     taken = {*panel.id_columns, panel.time_name or "row", *panel.columns}
     if clash := sorted(f"{c}{FILLED}" for c in panel.columns if f"{c}{FILLED}" in taken):
         raise DataError(
             f"{panel.name}: {', '.join(clash)} is also the name of a flag of the result; rename it"
         )
     notes = list(panel.notes)
-    model, params = ready_for(model, params, panel.item(0), seed)
+    model, params = ready_for(model, params, panel.item(0), seed=seed)
     if chosen.phases:
         if panel.n_items > 1:
             raise DataError(
@@ -194,7 +196,7 @@ def impute(
             model,
             params,
             chosen,
-            prepared,
+            data=prepared,
             task=task,
             seed=seed,
             config=config,
@@ -203,13 +205,15 @@ def impute(
         ).params
         notes.append(f"tuned on the table by {chosen.name}")
 
-    values, check = _filled(model, params, panel, fill)
+    values, check = _filled(model, params, panel, fill=fill)
     if left := int(np.isnan(values).sum()):
         notes.append(f"{left:,} cells are left empty: their target holds no value in that item")
-    return Imputed(_table(panel, values), check, panel, params, tuple(notes))
+    return Imputed(
+        table=_table(panel, values), check=check, panel=panel, params=params, notes=tuple(notes)
+    )
 
 
-def read(data: Data | Panel, **options: Any) -> Panel:
+def read_for_imputation(data: Data | Panel, **options: Any) -> Panel:
     """Read what `impute` fills; options as there."""
     if isinstance(data, str) and data in BENCHMARKS:
         return Panel.of(load_series(data, **options))
@@ -386,7 +390,7 @@ def _by_model(model: Model, params: Params, anchor: bool, scaled: np.ndarray) ->
         return scaled
     windows = np.stack([padded[rows, start : start + window] for start, rows in jobs])
     guesses = in_batches(
-        lambda i: _reconstruct(model, params, anchor, windows, i), len(jobs), BATCH
+        lambda i: _reconstruct(model, params, anchor, windows=windows, indices=i), len(jobs), BATCH
     )
 
     line = _by_line(scaled)

@@ -59,7 +59,7 @@ def load(
         ("cc-by-nc-4.0") or repositories instead, separated by commas. Files and folders of your own
         are not asked about; that their weights are non-commercial is said on stderr.
     Raises: FileNotFoundError that lists what was tried; PermissionError where the hub wants a
-      token; `hub.LicenceError` (a PermissionError) for a licence that nobody has accepted, before
+      token; `hub.LicenceError` (a PermissionError) for a licence that is not accepted, before
       anything is fetched; ValueError (or `storage.DamagedError`, or the converters'
       CheckpointError) for files that are damaged or do not fit the model.
     """
@@ -80,7 +80,7 @@ def load_whole(
     storage.keep_compiled()
     path = folders.local(source) if revision is None else None
     if path is None:
-        name = hub.parse(str(source), revision)
+        name = hub.parse_name(str(source), revision)
         if name is None:
             told = (
                 f"; a revision is for names of the hub, and {str(source)!r} is none"
@@ -94,7 +94,10 @@ def load_whole(
     else:
         model, params = folders.load_folder(path)
         found = Loaded(
-            model, params, folders.read_config(path)[1]["provenance"], folders.read_buffers(path)
+            model=model,
+            params=params,
+            provenance=folders.read_config(path)[1]["provenance"],
+            buffers=folders.read_buffers(path),
         )
     hub.say_local_licence(path, found.provenance)
     return found
@@ -134,28 +137,30 @@ def _converted(
             raise
         raise converters.CheckpointError(f"{error}\n  ({of})") from None
     for note in found[2]["assumed"]:  # a forecast may be wrong by it
-        hub.say(f"{path.name}: {note}")
+        hub.print_note(f"{path.name}: {note}")
     return found
 
 
 def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> Loaded:
     try:
-        found = hub.find(name, token)
+        found = hub.resolve(name, token)
     except FileNotFoundError as error:
         raise FileNotFoundError(str(error) + _advice(str(name))) from error
     if found.why:
-        hub.say(f"{found.why}; {name} is what was kept of commit {found.commit[:7]}")
+        hub.print_note(f"{found.why}; {name} is what was kept of commit {found.commit[:7]}")
     damaged = False
     if found.folder.is_dir():
         try:
             model, record = folders.read_config(found.folder)
             provenance = record["provenance"]
             hub.require_licence(name.repo, provenance.get("licence"), accept_license)
-            params = storage.load_tree(found.folder / folders.PARAMS, like=folders.shapes(model))
+            params = storage.load_tree(
+                found.folder / folders.PARAMS, like=folders.param_shapes(model)
+            )
             hub.remember(found)
             buffers = folders.read_buffers(found.folder)
             hub.say_licence(found, provenance)
-            return Loaded(model, params, provenance, buffers)
+            return Loaded(model=model, params=params, provenance=provenance, buffers=buffers)
         except hub.LicenceError:
             raise
         except (
@@ -163,9 +168,11 @@ def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> Loaded
             OSError,
         ) as error:  # damaged, or of a version of the library with other configs
             damaged = True
-            hub.say(f"the converted copy can't be used, converting {name} again ({error})")
-            found = found if found.files else hub.find(name, token, converted=False)
-    if hosts.count() > 1:  # each would convert it for itself, and saving is what all do together
+            hub.print_note(f"the converted copy can't be used, converting {name} again ({error})")
+            found = found if found.files else hub.resolve(name, token, converted=False)
+    if (
+        hosts.process_count() > 1
+    ):  # each would convert it for itself, and saving is what all do together
         raise ValueError(
             f"{name} is not converted yet: load it once with one process, on every host that has a "
             "cache of its own "
@@ -191,9 +198,11 @@ def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> Loaded
     except FileExistsError:
         hub.remember(found)  # another process was quicker, and its copy has the same bytes
     except OSError as error:
-        hub.say(f"the converted copy can't be kept, and will be made again next time: {error}")
+        hub.print_note(
+            f"the converted copy can't be kept, and will be made again next time: {error}"
+        )
     hub.say_licence(found, provenance)
-    return Loaded(model, params, provenance, buffers)
+    return Loaded(model=model, params=params, provenance=provenance, buffers=buffers)
 
 
 def _not_found(source: str | Path) -> str:

@@ -87,7 +87,7 @@ def plot_forecast(
         axes = figure.add_subplot(len(shown), 1, place)
         start = (i * panel.n_variates + c) * horizon
         part = table.iloc[start : start + horizon]
-        _draw(axes, panel, i, c, part, rows)
+        _draw(axes, panel, i, c=c, part=part, rows=rows)
         if panel.first is not None and panel.freq is not None:
             locator = AutoDateLocator()
             axes.xaxis.set_major_locator(locator)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ltsm_jax.methods.decision import ZERO_SHOT, Verdict, number
+from ltsm_jax.methods.decision import ZERO_SHOT, Verdict, four_digits
 from ltsm_jax.plotting import new_figure
 
 NO_PICTURES = "No pictures: matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)."
@@ -297,7 +297,7 @@ def _bars(verdict: Verdict) -> Any:
             )
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0} if cut else None
             ax.annotate(
-                number(part["mse"]) + (" \u25b8" if cut else ""),
+                four_digits(part["mse"]) + (" \u25b8" if cut else ""),
                 (length, i + shift),
                 xytext=(-4 if cut else 4, 0),
                 textcoords="offset points",
@@ -356,7 +356,7 @@ def _curves(verdict: Verdict) -> Any:
     low, high = min(ends) - 0.1 * span, max(ends) + 0.35 * span
     for name, value in lines:
         colour, style = look[name]
-        label = name if low <= value <= high else f"{name}: {number(value)} (off the axis)"
+        label = name if low <= value <= high else f"{name}: {four_digits(value)} (off the axis)"
         ax.axhline(value, color=colour, linestyle=style, linewidth=1.5, label=label)
         if name != ZERO_SHOT and low - span <= value < low:
             low = value - 0.1 * span

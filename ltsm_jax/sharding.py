@@ -172,7 +172,8 @@ def on_host(leaf: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a model computes: on all devices of a mesh, or, without one, where its arrays lie.
+    """The devices a model computes on: all devices of a mesh, or, without one, where its arrays
+    lie.
 
     An entry point asks for it once, `Placement.of(params)`, and hands it down. It is hashable, so
     that it may be static under jit.
@@ -259,12 +260,12 @@ class Placement:
         return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
 
 
-def together(tree: trees.Tree) -> trees.Tree:
-    """`tree` with the leaves that nobody has put anywhere (`jax.Array.committed`) laid beside the
-    first one that somebody has; on a mesh, whole on every device.
+def colocate(tree: trees.Tree) -> trees.Tree:
+    """Colocate uncommitted leaves with the first committed one (`jax.Array.committed`); on a mesh
+    they are replicated.
 
-    What is computed from a mixed tree lies there altogether, so that a training step of one would
-    be compiled twice.
+    The results of a step are committed as a whole: without this, the first step on a mixed tree
+    would have other shardings than the second, and the step would be compiled twice.
     """
     leaves = jax.tree.leaves(tree)
     placed = next((leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)), None)

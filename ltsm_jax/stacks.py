@@ -25,7 +25,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stack:
+class TreeStack:
     """L trees of one structure; a pytree.
 
     Attributes:
@@ -41,7 +41,9 @@ class Stack:
     structure: Any
 
     @classmethod
-    def of(cls, lanes: Sequence[Tree], join: Callable[[Sequence[Any]], Any] = jnp.stack) -> "Stack":
+    def of(
+        cls, lanes: Sequence[Tree], join: Callable[[Sequence[Any]], Any] = jnp.stack
+    ) -> "TreeStack":
         """Stack the trees of all lanes; a leaf that is the same object in all of them is held once.
 
         join: makes one array [L, ...] of the leaves of all lanes.
@@ -58,18 +60,23 @@ class Stack:
         return cls(own, shared, tuple(which), structure)
 
     @classmethod
-    def whole(cls, tree: Tree) -> "Stack":
+    def whole(cls, tree: Tree) -> "TreeStack":
         """Make a stack of a tree whose leaves have the axis of the lanes already."""
         leaves, structure = jax.tree.flatten(tree)
         return cls(leaves, [], (True,) * len(leaves), structure)
 
-    def merge(self, other: "Stack") -> "Stack":
+    def merge(self, other: "TreeStack") -> "TreeStack":
         """Merge the two parts of `trees.partition`, lane by lane."""
-        both = trees.merge(self._marked(), other._marked())
+        both = trees.combine(self._marked(), other._marked())
         leaves = jax.tree.leaves(both)
         own = [leaf.array for leaf in leaves if leaf.own]
         shared = [leaf.array for leaf in leaves if not leaf.own]
-        return Stack(own, shared, tuple(leaf.own for leaf in leaves), jax.tree.structure(both))
+        return TreeStack(
+            own=own,
+            shared=shared,
+            which=tuple(leaf.own for leaf in leaves),
+            structure=jax.tree.structure(both),
+        )
 
     def lane(self, own: Sequence[Any]) -> Tree:
         """Give the tree of one lane. own: its slices of `self.own`."""
@@ -84,7 +91,7 @@ class Stack:
 
 
 jax.tree_util.register_dataclass(
-    Stack, data_fields=["own", "shared"], meta_fields=["which", "structure"]
+    TreeStack, data_fields=["own", "shared"], meta_fields=["which", "structure"]
 )
 
 
@@ -98,7 +105,7 @@ class _Marked:
 
 @dataclasses.dataclass(frozen=True)
 class Over:
-    """How a function runs over the lanes of stacks; static under jit.
+    """Way of running a function over the lanes of stacks; static under jit.
 
     Attributes:
       mode: "batched": all lanes at once, with one more axis in every operation. "mapped": one lane
@@ -115,13 +122,13 @@ class Over:
         """Number of devices that have lanes."""
         return 1 if self.mesh is None else self.mesh.size
 
-    def each(self, function: Callable[..., Tree], *stacks: Stack, shared: Tree = None) -> Tree:
+    def each(self, function: Callable[..., Tree], *stacks: TreeStack, shared: Tree = None) -> Tree:
         """Compute `function(*trees of one lane)` for every lane; results have the axis L in front.
 
         shared: where it is not None, the last argument of every call. To be used inside jit.
         """
 
-        def local(*stacks: Stack, shared: Tree) -> Tree:
+        def local(*stacks: TreeStack, shared: Tree) -> Tree:
             def one(owns):
                 lane = [stack.lane(own) for stack, own in zip(stacks, owns, strict=True)]
                 return function(*lane) if shared is None else function(*lane, shared)
@@ -131,7 +138,9 @@ class Over:
 
         return self.spread(local, *stacks, shared=shared)
 
-    def spread(self, function: Callable[..., Tree], *stacks: Stack, shared: Tree = None) -> Tree:
+    def spread(
+        self, function: Callable[..., Tree], *stacks: TreeStack, shared: Tree = None
+    ) -> Tree:
         """Compute `function(*stacks, shared=shared)` on every device, with stacks of its
         own lanes.
         """
@@ -151,13 +160,14 @@ class Over:
             out_specs=lanes,
             check_vma=False,
         )
-        return spread([stack.own for stack in stacks], [stack.shared for stack in stacks], shared)
+        own = [stack.own for stack in stacks]
+        return spread(own, [stack.shared for stack in stacks], shared)
 
-    def stack(self, lanes: Sequence[Tree]) -> Stack:
-        """Outside jit: `Stack.of`, its lanes over the devices, and what they share on all
+    def stack(self, lanes: Sequence[Tree]) -> TreeStack:
+        """Outside jit: `TreeStack.of`, its lanes over the devices, and what they share on all
         of them.
         """
-        stack = Stack.of(lanes, self.join)
+        stack = TreeStack.of(lanes, self.join)
         if self.mesh is None:
             return stack
         return dataclasses.replace(
@@ -177,7 +187,7 @@ class Over:
 
     @property
     def sharding(self) -> NamedSharding:
-        """Where arrays with the axis of the lanes lie."""
+        """Sharding of arrays with the axis of the lanes."""
         assert self.mesh is not None, "there is a mesh to lie on"
         return NamedSharding(self.mesh, self._spec)
 

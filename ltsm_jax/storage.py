@@ -45,9 +45,9 @@ COMMIT = "commit_success.txt"
 COMPRESSED = 0.9  # of its bytes an array of floats takes about that on disk
 AT_ONCE = 1 << 26  # bytes of arrays that are written at the same time
 Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
-# Orbax tells the steps of a save apart by a counter of the process: a second save beginning
-# meanwhile waits for signals of the first until they time out, and the first writes where nobody
-# has made a folder.
+# Orbax numbers the steps of a save by a counter of the process: of two saves at once, the second
+# waits for signals of the first until they time out, and the first writes into a folder that does
+# not exist.
 _ONE_SAVE = threading.Lock()
 
 MAX_JSON = 1 << 26  # bytes of a table of digests; that of a model of a thousand arrays has 300,000
@@ -84,7 +84,7 @@ def _orbax() -> Any:
 
 
 def cache_folder(kind: str) -> Path:
-    """Where files of a kind ("data", "models") are kept: `$LTSM_CACHE`/kind, else
+    """Locate the folder for files of a kind ("data", "models"): `$LTSM_CACHE`/kind, else
     ~/.cache/ltsm_jax/kind.
     """
     return Path(os.environ.get("LTSM_CACHE") or Path.home() / ".cache" / "ltsm_jax") / kind
@@ -210,7 +210,7 @@ def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: s
 
 
 def _same_values(leaf: Any, entry: Mapping[str, Any]) -> bool:
-    """Whether every part that this host can look at has the digest it was saved with."""
+    """Return whether every part that this host can look at has the digest it was saved with."""
     whole = {"at": [[0, n] for n in entry["shape"]], "sha256": entry.get("sha256")}
     saved = {tuple(map(tuple, part["at"])): part["sha256"] for part in entry.get("parts", [whole])}
     if _global(leaf):
@@ -296,7 +296,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object that somebody else may have written.
+    """Read a JSON object from an untrusted file.
 
     Raises: FileNotFoundError; DamagedError for what is no such object, too large, or nested too
     deeply.
@@ -533,7 +533,7 @@ def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) 
       tree; ValueError for an empty tree; OSError, such as for a full disk.
     """
     with atomic_folder(folder, replaces=_no_tree if overwrite else None) as temporary:
-        hosts.together(begin_save(temporary, tree, copy=False))  # nobody changes it meanwhile
+        hosts.on_every_host(begin_save(temporary, tree, copy=False))  # written before this returns
         hosts.on_first(seal, temporary)
 
 
@@ -544,7 +544,9 @@ def _no_tree(folder: Path) -> str:
 
 
 def no_space(error: BaseException) -> bool:
-    """Whether an error comes from a disk that is full, or from a limit of what may be written."""
+    """Return whether an error comes from a disk that is full, or from a limit of what may be
+    written.
+    """
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     text = str(error)
     return (isinstance(error, OSError) and error.errno in full) or any(
@@ -615,7 +617,7 @@ def begin_save(folder: Path, tree: trees.Tree, *, copy: bool = True) -> Callable
             parts[path] = [
                 (_part(shard.index, leaf.shape), np.asarray(shard.data)) for shard in own
             ]
-    share = hosts.index(), hosts.count()
+    share = hosts.index(), hosts.process_count()
     nested = trees.unflatten(kept)
     response = _orbax().save_async(str(folder / ARRAYS), nested) if share[1] > 1 else None
 
@@ -668,7 +670,7 @@ def _where_they_lie(flat: Mapping[str, Any]) -> dict[str, Any]:
         alone = not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1
         if _global(leaf):
             kept[path] = leaf
-        elif alone and hosts.count() == 1:
+        elif alone and hosts.process_count() == 1:
             kept[path] = jax.device_put(leaf)
         else:
             kept[path] = np.asarray(leaf)
@@ -759,7 +761,7 @@ def load_tree(
         for x in jax.tree.leaves(like)
         if x.sharding is not None and not x.sharding.is_fully_addressable
     ]
-    together = hosts.together if wide else lambda f: f()
+    together = hosts.on_every_host if wide else lambda f: f()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def check() -> tuple[dict[str, Any], trees.Tree]:
@@ -785,7 +787,7 @@ def load_tree(
             rest = dict.fromkeys(record["arrays"].keys() - expected.keys(), _orbax().PLACEHOLDER)
             stored = trees.unflatten(trees.flatten(stored) | rest)
         names = sorted(record["files"])  # of many hosts each looks at its share
-        names = names[hosts.index() :: hosts.count()] if wide else names
+        names = names[hosts.index() :: hosts.process_count()] if wide else names
         verify_files(folder / ARRAYS, {name: record["files"][name] for name in names})
         # Now that the files are as long as the table says, and before anything has its size in
         # memory.
@@ -851,28 +853,29 @@ def _table(folder: Path) -> dict[str, Any]:
 
 
 def _is_array(path: str, entry: Any) -> bool:
-    """Whether an entry of the table describes an array."""
+    """Return whether an entry of the table describes an array."""
     names = path.split("/")
     if not isinstance(entry, dict) or not all(names) or len(names) > MAX_DEPTH:
         return False
-    shape, parts = (
-        entry.get("shape"),
-        entry.get("parts", [{"at": [], "sha256": entry.get("sha256")}]),
-    )
+    parts = entry.get("parts", [{"at": [], "sha256": entry.get("sha256")}])
     return (
-        _is_counts(shape)
+        _is_counts(entry.get("shape"))
         and isinstance(entry.get("dtype"), str)
         and _dtype_or_none(entry["dtype"]) is not None
         and isinstance(parts, list)
-        and all(isinstance(part, dict) and _is_digest(part.get("sha256")) for part in parts)
-        and all(
-            isinstance(part.get("at"), list) and all(map(_is_counts, part["at"])) for part in parts
-        )
+        and all(map(_is_part, parts))
     )
 
 
+def _is_part(part: Any) -> bool:
+    """Return whether an entry describes one part of an array: where it lies, and its digest."""
+    if not isinstance(part, dict) or not _is_digest(part.get("sha256")):
+        return False
+    return isinstance(part.get("at"), list) and all(map(_is_counts, part["at"]))
+
+
 def _is_file(name: str, entry: Any) -> bool:
-    """Whether an entry of the table describes a file below its folder."""
+    """Return whether an entry of the table describes a file below its folder."""
     inside = not os.path.isabs(name) and ".." not in Path(name).parts
     fits = (
         isinstance(entry, dict)

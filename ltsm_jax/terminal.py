@@ -27,7 +27,7 @@ def guarded(run: Callable[[], int], code_of: Callable[[Exception], int] = lambda
     """
     try:
         return run()
-    except BrokenPipeError:  # of `| head`: nobody reads on
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as err:
@@ -47,7 +47,7 @@ def guarded(run: Callable[[], int], code_of: Callable[[Exception], int] = lambda
 
 
 def _clipped(text: str) -> str:
-    """Leave out the rest of a message that nobody would read."""
+    """Shorten a message to a readable length."""
     if len(text) <= MOST:
         return text
     return (text[:MOST].rpartition("\n")[0] or text[:MOST]) + "\n..."

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Tree = Any
+Tree = Any  # a pytree
+Params = Mapping[str, Any]  # a model's parameters, and trees of their form: nested dicts of arrays
 Patterns = str | Sequence[str] | Callable[[str], bool] | None
 Norm = Literal["none", "tensor", "channel", "sphere", "slerp"]
 NORMS = get_args(Norm)
@@ -110,7 +111,7 @@ def partition(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
     return chosen, rest
 
 
-def merge(chosen: Tree, rest: Tree) -> Tree:
+def combine(chosen: Tree, rest: Tree) -> Tree:
     """The tree that `partition` took apart."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda x: x is None
@@ -221,12 +222,12 @@ def interpolate(
         mean = a * pre.astype(wide) + (1 - a) * rand.astype(wide)
         if norm in ("none", "slerp"):
             if norm == "slerp":
-                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path_of(path))
+                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path=path_of(path))
                 mean = mean * (a * _length(pre.astype(wide)) + (1 - a) * _length(rand.astype(wide)))
             mean = jnp.where(a == 0, rand.astype(wide), mean)
         else:
             if norm == "sphere":
-                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path_of(path))
+                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path=path_of(path))
             axes = (
                 filter_axes(path_of(path), pre.ndim) if norm == "channel" and pre.ndim > 1 else ()
             )
@@ -293,7 +294,9 @@ def _on_sphere(p: jax.Array, r: jax.Array, a: jax.Array, path: str) -> jax.Array
 
 
 def traced(x: Any) -> bool:
-    """Whether `x` is a value inside jit, vmap or grad, of which only shape and dtype are known."""
+    """Return whether `x` is a value inside jit, vmap or grad, of which only shape and dtype are
+    known.
+    """
     return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 

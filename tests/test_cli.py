@@ -16,7 +16,7 @@ import pytest
 import ltsm_jax
 from ltsm_jax import cli, doctor, flags, hosts, hub, storage, trees
 from ltsm_jax.cli import main, printing
-from ltsm_jax.cli.models import PARAMETERS, counted
+from ltsm_jax.cli.models import PARAMETERS, count_presets
 from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.methods import pruning, verdict
 from ltsm_jax.models import FAMILIES, folders
@@ -159,7 +159,7 @@ def test_unexpected_errors_are_one_line_unless_asked(ran, monkeypatch):
     def fails(*_):
         raise RuntimeError("the floor\nis lava")
 
-    monkeypatch.setattr("ltsm_jax.cli.models.listed", fails)
+    monkeypatch.setattr("ltsm_jax.cli.models.list_presets", fails)
     code, out, err = ran("models")
     assert (code, out) == (1, "")
     assert err == "error: RuntimeError: the floor is lava; --traceback shows where\n"
@@ -204,12 +204,12 @@ def test_the_listed_sizes_are_those_of_the_presets():
     assert sizes.keys() == presets.keys()
     for name in ("timer-tiny", "ibm-granite/granite-timeseries-ttm-r2", "amazon/chronos-t5-tiny"):
         cls, config = presets[name]
-        assert sizes[name] == trees.count(folders.shapes(cls(config)))
+        assert sizes[name] == trees.count(folders.param_shapes(cls(config)))
 
 
 @pytest.mark.slow
 def test_all_the_listed_sizes():
-    assert json.loads(PARAMETERS.read_text()) == counted()
+    assert json.loads(PARAMETERS.read_text()) == count_presets()
 
 
 def test_one_model(ran, timer):
@@ -259,7 +259,7 @@ def test_export_and_convert_are_there_and_back(ran, timer, tmp_path):
 
 def test_doctor(ran, monkeypatch):
     monkeypatch.setenv("LTSM_CACHE", "cache")  # a path that is longer than a line cannot be wrapped
-    monkeypatch.setattr(doctor, "forecast", lambda family: doctor.answers()[family])
+    monkeypatch.setattr(doctor, "fixed_forecast", lambda family: doctor.answers()[family])
     code, out, _ = ran("doctor")
     assert code == 0 and fits(out)
     for told in ("jax ", "devices", "compiled", "no faults", *FAMILIES):
@@ -270,7 +270,7 @@ def test_doctor(ran, monkeypatch):
     ] == 0
 
     monkeypatch.setattr(
-        doctor, "forecast", lambda family: {"point": doctor.answers()["timer"]["point"] + 1}
+        doctor, "fixed_forecast", lambda family: {"point": doctor.answers()["timer"]["point"] + 1}
     )
     code, out, _ = ran("doctor", "--families", "timer")
     assert code == 1 and fits(out)
@@ -558,7 +558,7 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
     asked = {}
     prepared = {}
     cuts = []
-    prepare = verdict.prepare
+    prepare = verdict.bind_panel
 
     def fit(self, panel, horizon, **rest):
         asked.update(rest, panel=panel, horizon=horizon)
@@ -573,7 +573,7 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
         return cuts[-1]
 
     monkeypatch.setattr(Forecaster, "fit", fit)
-    monkeypatch.setattr("ltsm_jax.forecaster.prepare", noted)
+    monkeypatch.setattr("ltsm_jax.forecaster.bind_panel", noted)
     model, _ = ltsm_jax.load(timer)
     storage.save_tree(tmp_path / "masks", pruning.full_masks(model))
     ltsm_jax.save(tmp_path / "run" / "model", model, ltsm_jax.load(timer)[1])
@@ -687,14 +687,14 @@ def test_texts_are_set_to_80_columns():
     rows = [("a" * 90, "1", "2"), ("b", "10", "200")]
     text = printing.table(("name", "x", "y"), rows)
     assert fits(text) and text.splitlines()[2] == "b" + " " * 72 + "10  200"
-    assert printing.cut("abcdefghij", 7) == "ab...ij"
+    assert printing.shorten("abcdefghij", 7) == "ab...ij"
     long = printing.facts({"note": "word " * 40})
     assert fits(long) and all(line.startswith("      word") for line in long.splitlines()[1:])
     assert (
         printing.notes(["taken as the time; time= says otherwise"])
         == "note  taken as the time; --time says otherwise"
     )
-    assert printing.count(8652672) == "8.65 M" and printing.count(999) == "999"
+    assert printing.in_millions(8652672) == "8.65 M" and printing.in_millions(999) == "999"
 
 
 def test_json_has_no_numbers_that_json_lacks(capsys):

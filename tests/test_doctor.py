@@ -16,7 +16,7 @@ def answering(monkeypatch):
     """Give the doctor a forecast in place of one that it computes."""
 
     def answer(found):
-        monkeypatch.setattr(doctor, "forecast", lambda family: found)
+        monkeypatch.setattr(doctor, "fixed_forecast", lambda family: found)
 
     return answer
 
@@ -62,7 +62,7 @@ def test_faults_are_found_and_named(answering, monkeypatch):
     def fails(family):
         raise RuntimeError("no such\ndevice")
 
-    monkeypatch.setattr(doctor, "forecast", fails)
+    monkeypatch.setattr(doctor, "fixed_forecast", fails)
     (check,) = doctor.examine(["timer"])
     assert "no forecast: RuntimeError: no such device" in check.problem
     assert np.isnan(check.difference)
@@ -78,16 +78,20 @@ def test_accelerators_are_allowed_more_and_get_other_advice(answering, monkeypat
 
 def test_weights_go_by_the_name_alone():
     """Values of NumPy's frozen generator: another recipe would make every stored answer wrong."""
-    assert doctor.weights("head/bias", (2,)).tolist() == pytest.approx(
+    assert doctor.fixed_weights("head/bias", (2,)).tolist() == pytest.approx(
         [-0.009756282064685779, -0.20183457311634148]
     )
-    assert doctor.weights("norm/scale", (1,))[0] == pytest.approx(np.float64(0.895018387739457))
+    assert doctor.fixed_weights("norm/scale", (1,))[0] == pytest.approx(
+        np.float64(0.895018387739457)
+    )
     # Of a unit-scaled model it is the forward pass that keeps the variance.
-    np.testing.assert_allclose(doctor.weights("head/kernel", (400, 50), True).std(), 1, rtol=0.05)
-    kernel = doctor.weights("head/kernel", (400, 50))
+    np.testing.assert_allclose(
+        doctor.fixed_weights("head/kernel", (400, 50), True).std(), 1, rtol=0.05
+    )
+    kernel = doctor.fixed_weights("head/kernel", (400, 50))
     assert kernel.std() == pytest.approx(1 / 20, rel=0.02)
     assert not np.array_equal(
-        doctor.weights("a/kernel", (2, 2)), doctor.weights("b/kernel", (2, 2))
+        doctor.fixed_weights("a/kernel", (2, 2)), doctor.fixed_weights("b/kernel", (2, 2))
     )
 
 

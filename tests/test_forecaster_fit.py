@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 from ltsm_jax import Forecaster
 from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.methods.decision import Verdict
-from ltsm_jax.methods.pruning import full_masks, merge
+from ltsm_jax.methods.pruning import apply_masks, full_masks
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.methods.verdict import tuning
 from ltsm_jax.models.timer import Timer, TimerConfig
@@ -112,7 +113,7 @@ def test_a_run_that_is_called_again_only_reads(fitted, timer):
     found, folder = fitted
     named = {"id": "store", "time": "day", "target": "sold", "known": "price"}
     again = timer.fit(table(16), 8, methods="ff", folder=folder, **named, **QUICK)
-    jax.tree.map(np.testing.assert_array_equal, again.params, found.params)
+    chex.assert_trees_all_equal(again.params, found.params)
 
 
 def test_an_estimate_of_the_time_compiles_what_does_the_work(fitted, timer):
@@ -160,6 +161,6 @@ def test_what_cannot_be_fitted_is_refused(timer):
         timer.fit(table(7), 8, methods="ff", method="sff")
     masks = full_masks(timer.model)
     masks["layer_0"]["up"]["out"] = np.arange(24, dtype=np.float32) % 2
-    pruned = Forecaster(timer.model, merge(timer.params, masks))
+    pruned = Forecaster(timer.model, apply_masks(timer.params, masks))
     with pytest.raises(ValueError, match="hand in the masks"):
         pruned.fit(table(7), 8, target="sold", id="store", time="day", show_progress=False)

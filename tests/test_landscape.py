@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -297,7 +298,7 @@ def test_directions_depend_on_the_seed_alone(timer):
     other = model.init(jax.random.key(9))
     raw = landscape.random_directions(params, seed=2, normalise=False)
     same = landscape.random_directions(other, seed=jax.random.key(2), normalise=False)
-    jax.tree.map(np.testing.assert_array_equal, raw, same)
+    chex.assert_trees_all_equal(raw, same)
     cosine = ways._dot(*raw) / ways._norm(raw[0]) / ways._norm(raw[1])
     assert abs(cosine) < 0.1
     different = landscape.random_directions(params, seed=3, normalise=False)
@@ -409,9 +410,7 @@ def test_the_own_loss_is_that_of_training(timer):
         loss = landscape.split_loss(model, windows, kind="own", batch_size=batch_size)
         value, gradient = jax.jit(jax.value_and_grad(loss))(params)
         np.testing.assert_allclose(value, want, rtol=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, slope
-        )
+        chex.assert_trees_all_close(gradient, slope, rtol=1e-3, atol=1e-5)
 
 
 def test_missing_targets_do_not_count(timer):
@@ -433,7 +432,7 @@ def test_a_sample_is_fixed_and_spread(timer):
     assert loss.windows.n == 5
     found = loss.windows.gather(np.arange(5))
     want = splits.test.gather(np.linspace(0, n - 1, 5).astype(int))
-    jax.tree.map(np.testing.assert_array_equal, found, want)
+    chex.assert_trees_all_equal(found, want)
     assert landscape.split_loss(model, splits.test, sample=10**9).windows.n == n
 
 

@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -299,7 +300,6 @@ def test_public_names_are_documented():
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-# Files that `test_code_is_not_dense` does not read yet.
 # Comments for the tools, which can't be wrapped, and addresses.
 UNBREAKABLE = re.compile(r"\s*# (?:noqa|type|pyright|fmt|ruff):.*|https?://[^\s\"')]+")
 
@@ -380,6 +380,143 @@ def test_long_lines_would_be_found():
     told = "  # pyright: ignore[reportArgumentType]"
     assert long_lines("\n".join((full, full + "1", full + told, full + "1" + told))) == [2, 4]
     assert long_lines(f'URL = "{address}"\n# {address} and a comment {100 * "b"}') == [2]
+
+
+# Files whose statements may still hold several comprehensions.
+STILL_DENSE = ("ltsm_jax/layers/widths.py", "ltsm_jax/models/moirai_2.py")
+
+
+def crowded(tree: ast.AST) -> list[int]:
+    """Lines of statements with several comprehensions; of a compound one its head counts."""
+    found = []
+    for statement in ast.walk(tree):
+        if not isinstance(statement, ast.stmt):
+            continue
+        inside, count = list(ast.iter_child_nodes(statement)), 0
+        while inside:
+            node = inside.pop()
+            if not isinstance(node, (ast.stmt, ast.excepthandler, ast.match_case)):
+                count += isinstance(node, COMPREHENSIONS)
+                inside += ast.iter_child_nodes(node)
+        if count > 1:
+            found.append(statement.lineno)
+    return sorted(found)
+
+
+def test_a_statement_has_at_most_one_comprehension():
+    found = []
+    for path in sources():
+        name = path.relative_to(ROOT).as_posix()
+        if name not in STILL_DENSE:
+            found += [f"{name}:{line}" for line in crowded(parse(path))]
+    assert not found, "\n".join(found)
+
+
+def test_crowded_statements_would_be_found():
+    code = """
+a, b = [x for x in rows], {y: 1 for y in rows}
+c = [x for x in rows]
+for x in [f(y) for y in c]:
+    d = {y for y in c}
+if any(x for x in c) and all(x for x in c):
+    e = sum(x for x in c)
+"""
+    assert crowded(ast.parse(code)) == [2, 6]
+
+
+INNER = "an inner layer of a family: a model file reads from top to bottom and names its own parts"
+PROTOCOL = "what every converter defines; found by these names"
+TASK = "what every task file has; its `Task` calls it"
+# Public functions and classes of the library that several modules may define, and why.
+SAME_NAME = {
+    **dict.fromkeys(("Attention", "Block", "Gate", "Layer", "Norm", "Residual"), INNER),
+    **dict.fromkeys(("buffers", "check_buffers", "configure", "published", "recognise"), PROTOCOL),
+    **dict.fromkeys(("evaluate", "loss_fn"), TASK),
+    "keys": f"a key table, {PROTOCOL}; and `training.keys`, PRNG keys by name",
+    "fit": "`ltsm_jax.fit` takes tables, `training.fit` a loss and windows: both are public",
+    "prune": "`ltsm_jax.prune` takes tables, `pruning.prune` windows: both are public",
+    "ema": "the public step on trees, and the strategy of that name",
+    "wise_ft": "the public average of trees, and the strategy of that name",
+    "main": "entry points of programs",
+    "error_unit": "capsule/runner.py runs without the library and repeats what it takes over",
+}
+
+
+def test_a_public_name_means_one_thing():
+    """Of the library. Each file of experiments is a program, and their parts are called alike."""
+    modules: dict[str, list[str]] = {}
+    for path in sources():
+        if name_of(path).split(".")[0] == "experiments":
+            continue
+        for node in parse(path).body:
+            if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"):
+                modules.setdefault(node.name, []).append(name_of(path))
+    several = {name: where for name, where in modules.items() if len(where) > 1}
+    new = [f"{name}: {', '.join(several[name])}" for name in sorted(several.keys() - SAME_NAME)]
+    assert not new, "names defined in several modules:\n" + "\n".join(new)
+    assert not SAME_NAME.keys() - several, "exceptions that nothing needs any more"
+    for name, reason in SAME_NAME.items():
+        if reason == INNER:
+            assert all(
+                m.startswith(("ltsm_jax.models.", "ltsm_jax.layers.")) for m in several[name]
+            )
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+# Functions over 80 lines: this list only gets shorter.
+STILL_LONG = {
+    "ltsm_jax/models/toto_2.py: forecast",
+    "ltsm_jax/models/ttm.py: apply",
+    "ltsm_jax/models/units.py: __call__",
+}
+
+
+def lengths(tree: ast.AST) -> list[tuple[str, int]]:
+    """Name and lines of every function and method, from `def` to its end, inner functions included,
+    without the docstring: a long contract is no long function.
+    """
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTIONS):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            found.append((node.name, lines))
+    return found
+
+
+def test_functions_are_short():
+    """Half have fewer than 15 lines, and none has over 80."""
+    every, long = [], set()
+    for path in sources():
+        for name, lines in lengths(parse(path)):
+            every.append(lines)
+            if lines > 80:
+                long.add(f"{path.relative_to(ROOT).as_posix()}: {name}")
+    assert statistics.median(every) < 15
+    assert long == STILL_LONG
+
+
+def test_lengths_leave_out_docstrings_only():
+    code = """
+@cached
+def outer(
+    x,
+):
+    '''First line.
+
+    More.
+    '''
+
+    def inner(y):
+        # a comment counts
+        return y
+
+    return inner(x)
+
+def bare(): ...
+"""
+    assert dict(lengths(ast.parse(code))) == {"outer": 9, "inner": 3, "bare": 1}
 
 
 def committed() -> list[Path]:
@@ -467,6 +604,34 @@ def test_the_lock_fits_the_project():
             assert version in SpecifierSet(bounds), (
                 f"{name}=={version} is locked, pyproject says {bounds}: make lock"
             )
+
+
+IMPORT_NAMES = {
+    "orbax-checkpoint": "orbax",
+    "pyyaml": "yaml",
+    "huggingface-hub": "huggingface_hub",
+}
+# Packages that work without being imported, and what needs them.
+NOT_IMPORTED = {
+    "flatbuffers": "jax.export writes programs with it",
+    "ipykernel": "nbclient runs notebooks in it",
+    "pytest-xdist": "`pytest -n`",
+}
+
+
+def test_every_dependency_is_used():
+    """What nothing imports leaves pyproject.toml, tools of developers aside."""
+    extras = project()["optional-dependencies"]
+    imported = set()
+    for path in (*sources(), *(ROOT / "tests").rglob("*.py")):
+        imported |= {name.split(".")[0] for name in imports_of(path)}
+        imported |= set(re.findall(r'importorskip\("(\w+)', path.read_text(encoding="utf-8")))
+    idle = []
+    for wanted in (*project()["dependencies"], *extras["plots"], *extras["eval"], *extras["test"]):
+        name = re.match(r"[\w-]+", wanted)[0].replace("_", "-").lower()
+        if name not in NOT_IMPORTED and IMPORT_NAMES.get(name, name) not in imported:
+            idle.append(name)
+    assert not idle, f"nothing imports {', '.join(idle)}"
 
 
 def test_pre_commit_checks_with_the_locked_ruff():

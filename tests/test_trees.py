@@ -204,7 +204,7 @@ def test_flatten_and_partition_round_trip():
     assert list(trees.flatten(chosen)) == ["head/kernel"] and "head/kernel" not in trees.flatten(
         rest
     )
-    assert bits(trees.merge(chosen, rest)) == bits(params)
+    assert bits(trees.combine(chosen, rest)) == bits(params)
     assert trees.count(params) == 12 + 4 + 8
 
 

@@ -79,7 +79,8 @@ def coverage(
         np.linspace(start, end, each).astype(int) for start, end in zip(starts, last, strict=True)
     ]
     origins = Origins(np.repeat(np.arange(panel.n_items), each), np.concatenate(ends))
-    levels = sorted({(1 - share) / 2 for share in WANTED} | {(1 + share) / 2 for share in WANTED})
+    levels = {(1 - share) / 2 for share in WANTED}
+    levels = sorted(levels | {(1 + share) / 2 for share in WANTED})
     found = forecaster.after(panel, origins, horizon, levels)
     true = panel.values[:, origins.ends[:, None] + np.arange(horizon)].swapaxes(0, 1)
 
@@ -115,7 +116,7 @@ def main() -> None:
         except MissingDataError:
             continue
         for kind, forecaster in forecasters(panel).items():
-            line = coverage(panel, starts, forecaster, args.horizon, args.windows)
+            line = coverage(panel, starts, forecaster, horizon=args.horizon, windows=args.windows)
             print(f"{name:18s} {kind:14s} {line}", flush=True)
 
 

@@ -116,7 +116,13 @@ def ours(data: str, accumulate: int | Literal["auto"]) -> dict[str, float]:
         splits = prepare(read, 672, 96)
         task = forecasting.Forecasting("direct")
         found = run(
-            model, params, strategy("ff"), splits, task=task, config=config, show_progress=False
+            model,
+            params,
+            strategy("ff"),
+            data=splits,
+            task=task,
+            config=config,
+            show_progress=False,
         )
     seconds = time.perf_counter() - started
     assert found.val and found.test

@@ -30,7 +30,7 @@ FORMS = ("dense", "blocks", "turns", "ragged")
 
 def compiled(form):
     def forward(x_TD, kernels, weight_TK, chosen_TK):
-        return mixture(x_TD, kernels, weight_TK, chosen_TK, jax.nn.silu, form)
+        return mixture(x_TD, kernels, weight_TK, chosen_TK=chosen_TK, act=jax.nn.silu, form=form)
 
     def loss(x_TD, kernels, weight_TK, chosen_TK):
         return jnp.square(forward(x_TD, kernels, weight_TK, chosen_TK)).mean()

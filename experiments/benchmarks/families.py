@@ -27,11 +27,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import aot, counting, flags, launch
 from experiments.benchmarks import first_forecast, rows
@@ -41,7 +42,7 @@ from ltsm_jax.data import windows
 from ltsm_jax.layers import experts
 from ltsm_jax.methods import binding
 from ltsm_jax.methods.phases import Phase, trainable_mask
-from ltsm_jax.models import FAMILIES
+from ltsm_jax.models import FAMILIES, Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import memory, optimizers
@@ -150,76 +151,98 @@ def gigabytes() -> float:
     return most / 1e9 if sys.platform == "darwin" else most * 1024 / 1e9
 
 
-def one(family: str, preset: str, args: Options) -> dict[str, Any]:
-    """Measure one family.
+class Training(NamedTuple):
+    """The parts of a training step of a family."""
 
-    Returns: its line; one with the reason under "skipped" where training would not fit.
+    source: windows.Windows
+    loss: Any
+    config: training.TrainConfig
+    batch_size: int
+    lr: float
+    trainable: Any  # a tree of booleans like the parameters
+
+    @property
+    def how(self) -> training_step.How:
+        """Settings of a step's computation."""
+        return training_step.How.of(self.config)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The recipe's optimizer."""
+        return optimizers.Rule.of(self.config).transformation()
+
+
+def training_of(model: Model, shapes: Any, batch: int) -> Training:
+    """Set up what a fit of as many windows as a batch holds would be, on a made-up series.
+
+    shapes: of the model's parameters, which need not be drawn yet.
     """
-    name, model = aot.find_model(family, preset)
-    model, shapes = aot.ready(model, 1)
     recipe, mode = model.recipe(), binding.default_mode(model)
-    horizon = model.horizon if mode == "ims" else recipe.horizon
-    found = {
-        "family": family,
-        "preset": name,
-        "parameters": trees.count(shapes),
-        "batch": args.batch,
-        "context": recipe.context_len,
-        "horizon": recipe.horizon,
-        "training_horizon": horizon,
-    }
-
-    # What a fit of this many windows would be.
-    length = recipe.context_len + horizon + args.batch - 1
-    waves = np.sin(2 * np.pi * np.arange(length) / 24) + 0.1 * np.random.default_rng(0).normal(
-        size=length
+    horizon = training_horizon(model)
+    length = recipe.context_len + horizon + batch - 1
+    noise = np.random.default_rng(0).normal(size=length)
+    waves = np.sin(2 * np.pi * np.arange(length) / 24) + 0.1 * noise
+    source = windows.windows_between(
+        waves.astype(np.float32)[None],
+        0,
+        length,
+        context_len=recipe.context_len,
+        horizon=horizon,
+        joint=model.variates == "joint",
     )
-    series = waves.astype(np.float32)[None]
-    joint = model.variates == "joint"
-    source = windows.windows_between(series, 0, length, recipe.context_len, horizon, joint=joint)
-    config = binding.train_config(model, batch_size=args.batch, accumulate=1)
-    how = training_step.How.of(config)
-    optimizer = optimizers.Rule.of(config).transformation()
-    loss = training_step.as_pytree(forecasting.loss_fn(model, forecasting.LOSS[mode]))
     trainable = trainable_mask(Phase("all"), model, shapes)
-    chosen = trees.select(shapes, None) if trainable is None else trainable
-    keys = training.keys(0)
+    return Training(
+        source=source,
+        loss=training_step.as_pytree(forecasting.loss_fn(model, mode)),
+        config=binding.train_config(model, batch_size=batch, accumulate=1),
+        batch_size=batch,
+        lr=recipe.lr,
+        trainable=trees.select(shapes, None) if trainable is None else trainable,
+    )
 
-    moving, frozen = trees.partition(shapes, chosen)
-    state_shapes = {"params": moving, "optimizer": jax.eval_shape(optimizer.init, moving)}
+
+def training_horizon(model: Model) -> int:
+    """Rows that a training target has."""
+    own_loss = binding.default_mode(model) == "ims"
+    return model.horizon if own_loss else model.recipe().horizon
+
+
+def check_memory(work: Training, shapes: Any, key: jax.Array, gigabytes: float | None) -> None:
+    """Raises: ValueError where a training step would take more memory than is free, or than
+    `gigabytes`.
+    """
+    moving, frozen = trees.partition(shapes, work.trainable)
+    state_shapes = {"params": moving, "optimizer": jax.eval_shape(work.optimizer.init, moving)}
     estimate = memory.estimate(
         state_shapes,
         frozen,
-        source,
-        loss,
-        keys["dropout"],
-        batch_size=args.batch,
-        how=how,
+        work.source,
+        loss_fn=work.loss,
+        key=key,
+        batch_size=work.batch_size,
+        how=work.how,
         placement=Placement(),
         writes_checkpoints=False,
     )
-    free = memory.available() if args.gigabytes is None else int(args.gigabytes * 1e9)
-    try:
-        estimate.check(free)
-    except ValueError as err:
-        return found | {"skipped": str(err)}
+    estimate.check(memory.available() if gigabytes is None else int(gigabytes * 1e9))
 
-    params = jax.jit(model.init)(keys["init"])
-    model, params = model.for_series(params, n_variates=1, freq=aot.FREQ, key=keys["init"])
-    peak = peak_flops()
 
-    context = source.gather(jnp.arange(args.batch))["context"][:, :1]
+def time_forecasts(model: Model, params: Any, source: windows.Windows, batch: int) -> Timed:
+    """Time forecasts of one batch of contexts of one variate."""
+    horizon = model.recipe().horizon
+    context = source.gather(jnp.arange(batch))["context"][:, :1]
 
     def predict(previous, params, context):
         # What a call gives back takes the place of what the one before it gave.
-        return model.predict(params, context, recipe.horizon).point
+        return model.predict(params, context, horizon).point
 
-    forecasts = timed(predict, jnp.zeros((args.batch, 1, recipe.horizon)), params, context)
-    after_forecasts = gigabytes()
+    return timed(predict, jnp.zeros((batch, 1, horizon)), params, context)
 
-    moving, frozen = trees.partition(params, chosen)
-    del params
-    batch_rows = windows.batch_at(jnp.arange(source.n), 0, args.batch)
+
+def time_steps(work: Training, moving: Any, frozen: Any, key: jax.Array) -> Timed:
+    """Time training steps on one batch. moving, frozen: the parameters; `moving` is given up."""
+    optimizer = work.optimizer
+    batch_rows = windows.batch_at(jnp.arange(work.source.n), 0, work.batch_size)
 
     def train(state, frozen, source, batch_rows, key):
         moving, opt_state = state
@@ -227,21 +250,56 @@ def one(family: str, preset: str, args: Options) -> dict[str, Any]:
             moving,
             opt_state,
             frozen,
-            source,
-            batch_rows,
-            recipe.lr,
-            key,
-            loss,
-            None,
+            source=source,
+            rows=batch_rows,
+            rate=work.lr,
+            key=key,
+            loss_fn=work.loss,
+            penalty=None,
             tx=optimizer,
-            how=how,
+            how=work.how,
             placement=Placement(),
         )
         return tuple(state)
 
     state = jax.tree.map(training_step.strong, (moving, optimizer.init(moving)))
     del moving
-    steps = timed(train, state, frozen, source, batch_rows, keys["dropout"])
+    return timed(train, state, frozen, work.source, batch_rows, key)
+
+
+def one(family: str, preset: str, args: Options) -> dict[str, Any]:
+    """Measure one family.
+
+    Returns: its line; one with the reason under "skipped" where training would not fit.
+    """
+    name, model = aot.find_model(family, preset)
+    model, shapes = aot.ready(model, 1)
+    recipe = model.recipe()
+    found = {
+        "family": family,
+        "preset": name,
+        "parameters": trees.count(shapes),
+        "batch": args.batch,
+        "context": recipe.context_len,
+        "horizon": recipe.horizon,
+        "training_horizon": training_horizon(model),
+    }
+    keys = training.keys(0)
+    work = training_of(model, shapes, args.batch)
+    try:
+        check_memory(work, shapes, keys["dropout"], gigabytes=args.gigabytes)
+    except ValueError as err:
+        return found | {"skipped": str(err)}
+
+    params = jax.jit(model.init)(keys["init"])
+    model, params = model.for_series(params, n_variates=1, freq=aot.FREQ, key=keys["init"])
+    peak = peak_flops()
+    forecasts = time_forecasts(model, params, work.source, batch=args.batch)
+    after_forecasts = gigabytes()
+
+    moving, frozen = trees.partition(params, work.trainable)
+    del params
+    steps = time_steps(work, moving, frozen, key=keys["dropout"])
     peak = max(peak, peak_flops())
 
     return found | {

@@ -90,7 +90,7 @@ def published(family: str) -> dict[str, int]:
 
     cls = FAMILIES[family]
     counts = {
-        name: trees.count(folders.shapes(cls(config)))
+        name: trees.count(folders.param_shapes(cls(config)))
         for name, config in cls.presets().items()
         if name not in folders.shipped() and not OURS.fullmatch(name)
     }

@@ -40,7 +40,9 @@ def with_holes(truth: pd.DataFrame, holes: Holes, rate: float, seed: int) -> pd.
     """Take cells out of a table whose rows are whole windows."""
     n_windows, n_columns = len(truth) // WINDOW, truth.shape[1]
     keys = jax.random.split(jax.random.key(seed), n_windows)
-    masks = jax.vmap(lambda key: hole_mask(key, WINDOW, n_columns, PATCH, rate, holes))(keys)
+    masks = jax.vmap(
+        lambda key: hole_mask(key, WINDOW, n_columns, patch_len=PATCH, rate=rate, holes=holes)
+    )(keys)
     visible = np.asarray(masks).transpose(0, 2, 1).reshape(len(truth), n_columns)
     return truth.where(visible)
 
@@ -98,7 +100,7 @@ def measure(args: Options) -> pd.DataFrame:
         for holes in args.holes:
             for rate in args.rates:
                 for seed in args.seeds:
-                    holed = with_holes(truth, holes, rate, seed)
+                    holed = with_holes(truth, holes, rate, seed=seed)
                     imputed = ltsm_jax.impute(model, params, holed, show_progress=False)
                     ours, cells = errors(truth, holed, imputed.table.loc[:, list(truth.columns)])
                     line, _ = errors(truth, holed, straight(holed))

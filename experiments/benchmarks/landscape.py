@@ -170,7 +170,7 @@ BENCHMARK = Benchmark("landscape", "six minutes", measure, peer="torch")
 def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
     if args.file:
-        print(json.dumps(jax_sides(args.points, args.windows, args.rounds, Path(args.file))))
+        print(json.dumps(jax_sides(args.points, args.windows, args.rounds, file=Path(args.file))))
         return 0
     print(processor(), flush=True)
     for one in measure(None, args):

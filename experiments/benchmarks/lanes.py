@@ -79,7 +79,9 @@ def problem(options: Options) -> tuple[Timer, Any, Splits]:
     ]
     names = tuple(f"wave {c}" for c in range(COLUMNS))
     splits = prepare(
-        Series("waves", np.stack(waves), names, None, None), model.context_len, model.horizon
+        Series(name="waves", values=np.stack(waves), columns=names, timestamps=None, freq=None),
+        model.context_len,
+        model.horizon,
     )
     some = np.linspace(0, splits.train.n - 1, min(options.windows, splits.train.n)).astype(np.int32)
     splits = dataclasses.replace(splits, train=splits.train.take(some))
@@ -95,7 +97,13 @@ def jobs(options: Options, made: tuple[Timer, Any, Splits]) -> tuple[list[dict[s
         for seed in SEEDS:
             runs.append(
                 Running(
-                    model, params, sff(alpha), splits, config=config, seed=seed, show_progress=False
+                    model=model,
+                    params=params,
+                    strategy=sff(alpha),
+                    data=splits,
+                    config=config,
+                    seed=seed,
+                    show_progress=False,
                 )
             )
     return [run.job() for run in runs], runs[0]
@@ -110,10 +118,10 @@ def main() -> int:
     mesh = Placement.of(described[0]["params"]).mesh
 
     def together(mode: stacks.Mode) -> list[Any]:
-        return lanes.together(described, Over(mode, mesh), evaluate)
+        return lanes.fit_as_lanes(described, Over(mode, mesh), evaluate)
 
     def asked(way: lanes.Asked) -> list[Any]:
-        return lanes.fit(described, lanes=way, evaluate=evaluate)
+        return lanes.fit_jobs(described, lanes=way, evaluate=evaluate)
 
     ways = {
         "one after the other": lambda: asked("off"),
@@ -152,7 +160,7 @@ def main() -> int:
             f"{name:20} {median:7.2f} s, {median / base:.2f} of one after the other (compiled in "
             f"{compiled[name]:.1f} s; validation errors differ by {gap:.0e})"
         )
-    print(f"auto: {lanes.choose(described).why}")
+    print(f"auto: {lanes.plan_lanes(described).why}")
     return 0
 
 

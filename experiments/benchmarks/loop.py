@@ -85,7 +85,9 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
     args = args or Options()
     model, params = ltsm_jax.load("timer-tiny")
     splits = prepare(load_series(args.data), model.context_len, model.horizon)
-    shares = overhead(model, params, splits.train.take(np.arange(256 * args.steps)), args.epochs)
+    shares = overhead(
+        model, params, splits.train.take(np.arange(256 * args.steps)), epochs=args.epochs
+    )
     yield Measured("share of an epoch outside the compiled steps: least", min(shares), "share")
     yield Measured("the same: most", max(shares), "share")
     seconds, found = [], {}

@@ -56,7 +56,8 @@ def in_turns(programs: dict, rounds: int) -> dict[str, dict[str, float]]:
     """
     for run in programs.values():
         jax.block_until_ready(run())
-    seconds, cores = {name: [] for name in programs}, {name: [] for name in programs}
+    seconds = {name: [] for name in programs}
+    cores = {name: [] for name in programs}
     for _ in range(rounds):
         for name, run in programs.items():
             start, cpu = time.perf_counter(), time.process_time()

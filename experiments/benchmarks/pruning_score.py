@@ -57,7 +57,7 @@ def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
     model = preset(args.model)
     params, masks = jax.jit(model.init)(jax.random.key(0)), full_masks(model)
-    loss = forecasting.loss_fn(model, forecasting.LOSS[binding.default_mode(model)])
+    loss = forecasting.loss_fn(model, binding.default_mode(model))
     shape = (
         args.batch,
         args.variates if model.variates == "joint" else 1,
@@ -74,7 +74,11 @@ def main() -> int:
         return optax.apply_updates(params, updates), state, value
 
     def score(squares, chunk):
-        f = jax.jit(lambda p, m, b: gradient_sums(loss, p, m, b, key, squares=squares, chunk=chunk))
+        f = jax.jit(
+            lambda p, m, b: gradient_sums(
+                loss, p, m, batch=b, key=key, squares=squares, chunk=chunk
+            )
+        )
         return lambda: f(params, masks, batch)
 
     state = optimizer.init(params)

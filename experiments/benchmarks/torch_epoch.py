@@ -70,7 +70,7 @@ def main() -> None:
     folder, workers, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = TorchTimer(96, 256, 512, 4, 8)
+    model = TorchTimer(patch_len=96, d_model=256, d_ff=512, layers=4, heads=8)
     load(model, folder)
     started = time.perf_counter()
     with np.load(folder / "rows.npz") as arrays:

@@ -32,7 +32,7 @@ def main() -> None:
     """Print the seconds of each round as JSON."""
     file, points, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.manual_seed(0)
-    model = TorchTimer(96, 128, 256, 4, 4).eval()
+    model = TorchTimer(patch_len=96, d_model=128, d_ff=256, layers=4, heads=4).eval()
     with np.load(file) as arrays:
         context, target = (torch.from_numpy(arrays[name]) for name in ("context", "target"))
     weights = [w.detach().clone() for w in model.parameters()]

@@ -70,7 +70,9 @@ class TorchTimer(nn.Module):
             "table", torch.stack([angle.sin(), angle.cos()], -1).reshape(5000, d_model)
         )
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(d_model, d_ff, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(d_model=d_model, d_ff=d_ff, heads=heads, dropout=dropout) for _ in range(layers)
+        )
         self.norm, self.proj = nn.LayerNorm(d_model), nn.Linear(d_model, patch_len)
 
     def forward(self, x):

@@ -16,7 +16,7 @@ def main() -> None:
     """Print the seconds of each step after the first as JSON."""
     batch, steps = map(int, sys.argv[1:])
     torch.manual_seed(0)
-    model = TorchTimer(96, 1024, 2048, 8, 8)
+    model = TorchTimer(patch_len=96, d_model=1024, d_ff=2048, layers=8, heads=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-5)
     draw = torch.randn(batch, 672 + 96)
     seconds = []

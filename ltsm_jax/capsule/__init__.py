@@ -121,10 +121,23 @@ def write(
         "known": len(forecaster.known) if "known" in takes else 0,
     }
     kinds = (widths["past"], widths["known"])
-    own = panels.own_levels(way.predictor, way.params, members, horizon, levels, kinds)
-    offsets = _offsets(forecaster, horizon, count, members, [x for x in levels if x not in own])
+    own = panels.own_levels(
+        way.predictor, way.params, members, horizon=horizon, wanted=levels, covariates=kinds
+    )
+    offsets = _offsets(
+        forecaster, horizon, count, members=members, levels=[x for x in levels if x not in own]
+    )
     flat = trees.flatten(way.params)
-    job = _Job(way.predictor, tuple(flat), length, horizon, members, widths, own, seed)
+    job = _Job(
+        predictor=way.predictor,
+        paths=tuple(flat),
+        length=length,
+        horizon=horizon,
+        members=members,
+        widths=widths,
+        levels=own,
+        seed=seed,
+    )
     whole = [_plain(leaf) for leaf in flat.values()]
     kept = [_in_8_bits(leaf) if int8 and _is_matrix(leaf) else leaf for leaf in whole]
     exported, batch, note = job.exported(kept)
@@ -148,9 +161,9 @@ def write(
         "jax": jax.__version__,
         "platforms": list(exported.platforms),
     }
-    size = _packed(path, exported, jax.tree.leaves(kept), facts)
+    size = _packed(path, exported, jax.tree.leaves(kept), facts=facts)
     drift = job.drift(whole, kept) if int8 else None
-    return Written(path, size, batch, drift, (note,) if note else ())
+    return Written(path=path, size=size, batch=batch, drift=drift, notes=(note,) if note else ())
 
 
 def _offsets(
@@ -204,7 +217,14 @@ class _Job:
         known = rest.pop(0) if self.widths["known"] else None
         key = jax.random.key(self.seed)
         return panels.program(
-            self.predictor, params, context, past, known, key, self.horizon, self.levels
+            self.predictor,
+            params,
+            context,
+            past=past,
+            known=known,
+            key=key,
+            horizon=self.horizon,
+            levels=self.levels,
         )
 
     def shapes(self, batch: Any) -> list[jax.ShapeDtypeStruct]:

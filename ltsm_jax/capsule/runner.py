@@ -162,7 +162,7 @@ def main(path, words):
 
 
 def is_numbers(cells):
-    """Whether all cells of a column are numbers or empty."""
+    """Return whether all cells of a column are numbers or empty."""
     try:
         return [float(cell or "nan") for cell in cells] != []
     except ValueError:

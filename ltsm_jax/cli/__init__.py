@@ -42,7 +42,7 @@ from ltsm_jax.cli.imputation import Impute
 from ltsm_jax.cli.models import Convert, Doctor, Export, Models
 from ltsm_jax.cli.options import Command
 from ltsm_jax.cli.surfaces import Landscape
-from ltsm_jax.cli.tables import Compare, Evaluate, Forecast, Prune
+from ltsm_jax.cli.tables import Compare, Evaluate, ForecastCommand, Prune
 from ltsm_jax.cli.tuning import Fit
 from ltsm_jax.data import DataError
 
@@ -51,7 +51,7 @@ EXIT_USAGE = 2
 EXIT_DATA = 3
 COMMANDS: dict[str, type[Command]] = {
     "models": Models,
-    "forecast": Forecast,
+    "forecast": ForecastCommand,
     "fit": Fit,
     "evaluate": Evaluate,
     "compare": Compare,

@@ -13,7 +13,7 @@ from ltsm_jax.cli.options import MODEL, Columns, Command, Licence, of_model, of_
 from ltsm_jax.cli.tables import PICTURES, TABLES, file_of, hand_over, require_folder
 from ltsm_jax.data import DataError
 from ltsm_jax.forecaster import Forecaster
-from ltsm_jax.imputation import FILLS, impute, read
+from ltsm_jax.imputation import FILLS, impute, read_for_imputation
 from ltsm_jax.methods.strategies import STRATEGIES
 
 
@@ -59,7 +59,7 @@ class Impute(Command):
         start = time.perf_counter()
         forecaster = Forecaster.load(self.model, accept_license=self.licence.accept_license)
         try:
-            panel = read(self.data, **self.columns.asked())
+            panel = read_for_imputation(self.data, **self.columns.asked())
         except FileNotFoundError as error:
             raise DataError(str(error)) from error
         plan = of_table(panel) | {

@@ -16,7 +16,7 @@ from ltsm_jax.cli import printing
 from ltsm_jax.cli.options import Command, Licence, quantile_levels
 from ltsm_jax.forecaster import LEVELS, Forecaster
 from ltsm_jax.models import FAMILIES, Model, folders, near_presets
-from ltsm_jax.training.memory import in_words
+from ltsm_jax.training.memory import size_in_words
 
 PARAMETERS = Path(__file__).with_name(
     "parameters.json"
@@ -47,13 +47,13 @@ class Models(Command):
     def run(self) -> int:
         """Print a table, or the facts of one model."""
         if self.source is None:
-            found = listed()
+            found = list_presets()
             if self.output.json:
                 printing.show_json({"models": found})
             else:
                 _show_list(found)
             return 0
-        found = described(self.source, self.licence.accept_license)
+        found = describe_source(self.source, self.licence.accept_license)
         if self.output.json:
             printing.show_json(found)
         else:
@@ -63,9 +63,9 @@ class Models(Command):
 
 @contextlib.contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Say the source with errors that nobody has thought of: a damaged file may lead to any.
+    """Name the source in unforeseen errors: reading a damaged file may raise any.
 
-    Raises: CheckpointError in place of them.
+    Raises: CheckpointError in their place.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def _named(source: str) -> Iterator[None]:
         ) from error
 
 
-def listed() -> list[dict[str, Any]]:
+def list_presets() -> list[dict[str, Any]]:
     """Give every preset with its facts."""
     counts = json.loads(PARAMETERS.read_text())
     found = []
@@ -89,18 +89,18 @@ def listed() -> list[dict[str, Any]]:
     return found
 
 
-def counted() -> dict[str, int]:
+def count_presets() -> dict[str, int]:
     """Count the parameters of every preset, without making any."""
     found = {}
     for family in FAMILIES.values():
         for name, config in family.presets().items():
-            found[name] = trees.count(folders.shapes(family(config)))
+            found[name] = trees.count(folders.param_shapes(family(config)))
     return found
 
 
-def record() -> None:
+def record_counts() -> None:
     """Store the counts of all presets, for maintainers who have added one."""
-    PARAMETERS.write_text(json.dumps(counted(), indent=1) + "\n")
+    PARAMETERS.write_text(json.dumps(count_presets(), indent=1) + "\n")
 
 
 def _facts(model: Model) -> dict[str, Any]:
@@ -115,14 +115,14 @@ def _facts(model: Model) -> dict[str, Any]:
 
 def _show_list(found: list[dict[str, Any]]) -> None:
     with_weights = folders.shipped()
-    # One table, so that its columns stand below each other; then the families go in between.
+    # One table, so that its columns are aligned; the headings of families are inserted afterwards.
     rows = []
     for entry in found:
         label = f"  {entry['name']}{' *' if entry['name'] in with_weights else ''}"
         rows.append(
             (
                 label,
-                printing.count(entry["parameters"]),
+                printing.in_millions(entry["parameters"]),
                 str(entry["context"]),
                 str(entry["horizon"]),
             )
@@ -142,14 +142,14 @@ def _show_list(found: list[dict[str, Any]]) -> None:
     )
 
 
-def described(source: str, accept_license: bool) -> dict[str, Any]:
+def describe_source(source: str, accept_license: bool) -> dict[str, Any]:
     """Say what a preset, model folder, checkpoint or name of the hub is; weights are fetched for
     the last alone.
     """
     if folders.local(source) is None and folders.is_preset(source):
-        (entry,) = [entry for entry in listed() if entry["name"] == source]
+        (entry,) = [entry for entry in list_presets() if entry["name"] == source]
         return entry | {"weights": "not on this machine; fetched from the hub when they are used"}
-    if folders.local(source) is None and hub.parse(source) is None:
+    if folders.local(source) is None and hub.parse_name(source) is None:
         near = near_presets(source, folders.shipped())
         guess = f"; did you mean {' or '.join(near)}?" if near else ""
         raise flags.UsageError(
@@ -359,7 +359,7 @@ def _show_environment(found: dict[str, Any]) -> None:
     absent = [name for name, version in found["versions"].items() if version is None]
     caches = {}
     for kind, cache in found["caches"].items():
-        said = cache["problem"] or f"{in_words(cache['free'])} free"
+        said = cache["problem"] or f"{size_in_words(cache['free'])} free"
         caches[kind] = f"{cache['folder']} ({said})"
     printing.show(
         printing.facts(

@@ -60,12 +60,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 def _line(cells: Sequence[str], widths: Sequence[int], left: int) -> str:
     set_ = []
     for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-        cell = cut(cell, width)
+        cell = shorten(cell, width)
         set_.append(cell.ljust(width) if column < left else cell.rjust(width))
     return "  ".join(set_).rstrip()
 
 
-def cut(text: str, width: int) -> str:
+def shorten(text: str, width: int) -> str:
     """Cut a text in its middle, where it is too long."""
     if len(text) <= width:
         return text
@@ -94,7 +94,7 @@ def notes(lines: Sequence[str]) -> str:
     return "\n".join(facts({"note": in_flags(line)}) for line in lines)
 
 
-def count(n: int) -> str:
+def in_millions(n: int) -> str:
     """Say a number of parameters: 8.7 M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= size:

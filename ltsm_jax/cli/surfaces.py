@@ -53,11 +53,11 @@ class Landscape(OnTable):
         """Read, say the plan, compute, write, print."""
         forecaster = self.load(self.model)
         panel = self.read(forecaster)
-        prepared = verdict.prepare(
+        prepared = verdict.bind_panel(
             forecaster.model,
             forecaster.params,
             panel,
-            self.horizon,
+            horizon=self.horizon,
             context_len=forecaster.context_len,
             seed=self.seed,
         )
@@ -76,7 +76,7 @@ class Landscape(OnTable):
         return 0
 
     def _computed(
-        self, prepared: verdict.Prepared
+        self, prepared: verdict.BoundPanel
     ) -> tuple[dict[str, landscape.Surface], dict[str, float]]:
         """The surface and the top eigenvalue of each model by name."""
         model, params = prepared.model, prepared.params
@@ -86,8 +86,8 @@ class Landscape(OnTable):
         key = training.keys(self.seed)["aux"]
         starts = {
             "pretrained": params,
-            "random": start_params(strategy("tfs"), model, params, key),
-            "sff": start_params(strategy("sff", alpha=self.alpha), model, params, key),
+            "random": start_params(strategy("tfs"), model, params, aux_key=key),
+            "sff": start_params(strategy("sff", alpha=self.alpha), model, params, aux_key=key),
         }
         surfaces, top = {}, {}
         for name, start in starts.items():

@@ -19,9 +19,9 @@ from ltsm_jax.methods.pruning import PruneConfig
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.models import folders
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.training.memory import in_words
-from ltsm_jax.training.timing import Estimate
-from ltsm_jax.training.timing import in_words as in_time
+from ltsm_jax.training.memory import size_in_words
+from ltsm_jax.training.timing import TimeEstimate
+from ltsm_jax.training.timing import time_in_words as in_time
 
 TABLES = (".csv", ".csv.gz", ".parquet", ".json")
 PICTURES = (".png", ".svg", ".pdf")
@@ -48,7 +48,7 @@ def file_of(kinds: tuple[str, ...]) -> flags.Check:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Forecast(OnTable):
+class ForecastCommand(OnTable):
     """Forecast what comes after the end of every item of a table, with intervals.
 
     Rows behind the last target, and those of --future, say what is known
@@ -126,9 +126,9 @@ class Forecast(OnTable):
         rows = min(forecaster.model.eval_batch, panel.n_items * panel.n_variates)
         weights, contexts = _bytes(forecaster.params), rows * length * 4
         return (
-            f"{in_words(weights)} of weights, {in_words(panel.values.nbytes)} of data, "
-            f"{in_words(contexts)} for a batch of {rows} contexts; what the layers hold comes on "
-            "top"
+            f"{size_in_words(weights)} of weights, {size_in_words(panel.values.nbytes)} of data, "
+            f"{size_in_words(contexts)} for a batch of {rows} contexts; what the layers hold comes "
+            "on top"
         )
 
     def _facts(
@@ -221,7 +221,7 @@ class Evaluate(OnTable):
         """Read, say the plan, score, print."""
         forecaster = self.load(self.model)
         panel = self.read(forecaster)
-        prepared = _prepared(forecaster, panel, self.horizon, self.context)
+        prepared = _prepared(forecaster, panel, self.horizon, context=self.context)
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
             "score": _scoring(self.horizon),
@@ -229,7 +229,7 @@ class Evaluate(OnTable):
         }
         if self.announce(plan, panel.notes):
             return 0
-        found = _scored(forecaster, panel, self.horizon, prepared).verdict
+        found = _scored(forecaster, panel, self.horizon, prepared=prepared).verdict
         if self.output.json:
             printing.show_json(found.to_json() | {"source": self.model})
         else:
@@ -266,7 +266,7 @@ class Compare(OnTable):
         with contextlib.suppress(
             ValueError
         ):  # it is said in its turn, and does not stop the others
-            prepared = _prepared(first, panel, self.horizon, self.context)
+            prepared = _prepared(first, panel, self.horizon, context=self.context)
             takes = str(_time(prepared, self.plan))
             if len(self.models) > 1:
                 takes += f" for {self.models[0]}; the others in proportion to their size"
@@ -285,14 +285,14 @@ class Compare(OnTable):
             try:
                 forecaster = first if number == 1 else self.load(name)
                 if number > 1 or prepared is None:
-                    prepared = _prepared(forecaster, panel, self.horizon, self.context)
-                compared = _scored(forecaster, panel, self.horizon, prepared)
+                    prepared = _prepared(forecaster, panel, self.horizon, context=self.context)
+                compared = _scored(forecaster, panel, self.horizon, prepared=prepared)
             except (ValueError, OSError) as error:  # one that does not fit does not stop the others
                 failed[name] = str(error)
                 printing.say(f"[{number}/{len(self.models)}] {name}: {error}")
                 continue
             took = time.perf_counter() - began
-            rows.append(_row(name, forecaster, compared, took))
+            rows.append(_row(name, forecaster, compared, took=took))
             naive = naive or _naive_rows(compared)
             said = (
                 f"[{number}/{len(self.models)}] {name}: test MSE {rows[-1]['mse']:.4f}, {took:.1f} "
@@ -322,24 +322,26 @@ def _scoring(horizon: int) -> str:
 
 def _prepared(
     forecaster: Forecaster, panel: Panel, horizon: int, context: int | None
-) -> verdict.Prepared:
-    return verdict.prepare(forecaster.model, forecaster.params, panel, horizon, context_len=context)
+) -> verdict.BoundPanel:
+    return verdict.bind_panel(
+        forecaster.model, forecaster.params, panel, horizon=horizon, context_len=context
+    )
 
 
-def _time(prepared: verdict.Prepared, plan: bool) -> Estimate:
+def _time(prepared: verdict.BoundPanel, plan: bool) -> TimeEstimate:
     """Estimate the time of scoring a model and the naive forecasts."""
     return estimates.of_comparison(prepared, verdict.tuning(prepared, {}), work_follows=not plan)
 
 
 def _scored(
-    forecaster: Forecaster, panel: Panel, horizon: int, prepared: verdict.Prepared
+    forecaster: Forecaster, panel: Panel, horizon: int, prepared: verdict.BoundPanel
 ) -> verdict.Compared:
     """Score a model and the naive forecasts; nothing is tuned."""
     return verdict.compare(
         forecaster.model,
         forecaster.params,
         panel,
-        horizon,
+        horizon=horizon,
         methods=(),
         prepared=prepared,
         show_progress=False,
@@ -447,11 +449,11 @@ class Prune(OnTable):
         """Read, say the plan, prune, write."""
         forecaster = self.load(self.model)
         panel = self.read(forecaster)
-        prepared = verdict.prepare(
+        prepared = verdict.bind_panel(
             forecaster.model,
             forecaster.params,
             panel,
-            self.horizon,
+            horizon=self.horizon,
             context_len=self.context,
             seed=self.seed,
         )
@@ -464,19 +466,19 @@ class Prune(OnTable):
             "windows": f"{windows:,} to score channels on, {prepared.splits.val.n:,} to validate; "
             f"{prepared.train_context} -> {self.horizon}",
             "pruning": f"{self.ratio:g} of the channels an epoch, {self.epochs} at most",
-            "memory": f"{in_words(2 * _bytes(prepared.params))} of weights and gradients; what the "
-            "layers hold comes on top",
+            "memory": f"{size_in_words(2 * _bytes(prepared.params))} of weights and gradients; "
+            "what the layers hold comes on top",
             "time": estimates.of_pruning(prepared, self.epochs, work_follows=not self.plan),
             "result": str(self.out),
         }
         if self.announce(plan, prepared.notes):
             return 0
-        folders.require_free(self.out / "model", self.overwrite)
+        folders.require_writable(self.out / "model", self.overwrite)
         result = pruning.prune(
             prepared.model,
             prepared.params,
             prepared.splits,
-            config,
+            config=config,
             task=prepared.task,
             seed=self.seed,
         )

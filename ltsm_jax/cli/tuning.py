@@ -78,7 +78,7 @@ class Fit(OnTable):
         )
         config = self._config()
         strategies = verdict.named(list(self.methods), forecaster.model, self.alpha)
-        work = verdict.tuning(prepared, strategies, config, self.budget)
+        work = verdict.tuning(prepared, strategies, config, budget=self.budget)
         methods = list(strategies)
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
@@ -95,7 +95,7 @@ class Fit(OnTable):
         }
         if self.announce(plan, prepared.notes):
             return 0
-        folders.require_free(self.out / "model", self.overwrite)
+        folders.require_writable(self.out / "model", self.overwrite)
         if (self.out / "model").exists():
             # Checkpoints of a run that is finished are those of what is replaced.
             shutil.rmtree(self.out / "training", ignore_errors=True)
@@ -131,7 +131,7 @@ class Fit(OnTable):
         printing.show(f"\nmodel:  {self.out / 'model'}\nreport: {self.out / 'report.html'}")
 
 
-def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
+def _memory(prepared: verdict.BoundPanel, config: TrainConfig) -> str:
     """Say what full fine-tuning takes, in a line.
 
     Raises: ValueError naming what fits, where this does not.
@@ -146,8 +146,17 @@ def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
 
     moving, frozen = trees.partition(params, trees.select(params, None))
     loss, key = step.as_pytree(prepared.task.loss(model)), jax.random.key(0)
-    filled = parts.settled(filled, moving, frozen, source, loss, key, placement=placement)
+    filled = parts.settled(
+        filled, moving, frozen, source=source, loss_fn=loss, key=key, placement=placement
+    )
     found = memory.estimate_before(
-        filled, moving, frozen, source, loss, key, placement, writes=True
+        filled,
+        moving,
+        frozen,
+        source=source,
+        loss_fn=loss,
+        key=key,
+        placement=placement,
+        writes=True,
     )
     return found.check(memory.available())

@@ -264,7 +264,7 @@ def _by_alias() -> dict[str, Benchmark]:
 _BY_ALIAS = _by_alias()
 
 
-def find(name: str) -> Benchmark | None:
+def benchmark_named(name: str) -> Benchmark | None:
     """The benchmark called `name` (its name or an alias, case aside), or None."""
     return _BY_ALIAS.get(name.casefold())
 
@@ -289,14 +289,18 @@ def load_series(
     """
     if not is_path(source):
         return read_series(source, **options)
-    if isinstance(source, str) and stem(Path(source)) == source and (benchmark := find(source)):
+    if (
+        isinstance(source, str)
+        and stem(Path(source)) == source
+        and (benchmark := benchmark_named(source))
+    ):
         path, cached = locate(benchmark, download=download)
         wrong = _difference(benchmark, path)
         if wrong and cached:
             raise DataError(
                 f"{path} is damaged ({wrong}); delete it, and it will be downloaded again"
             )
-        return _read_benchmark(benchmark, path, wrong, options)
+        return _read_benchmark(benchmark, path, wrong, options=options)
 
     path = Path(source).expanduser()
     if not path.is_file():
@@ -305,11 +309,11 @@ def load_series(
         raise MissingDataError(
             f"no data file at {path}; {hint}benchmarks by name: {', '.join(BENCHMARKS)}"
         )
-    benchmark = find(stem(path)) if as_benchmark else None
+    benchmark = benchmark_named(stem(path)) if as_benchmark else None
     if benchmark is None:
         return read_series(path, **options)
     if _is_published(benchmark, path):
-        return _read_benchmark(benchmark, path, None, options)
+        return _read_benchmark(benchmark, path, None, options=options)
     series = read_series(path, **options)
     note = (
         f"called like the benchmark {benchmark.name}, but not its published file: read as any "
@@ -418,7 +422,7 @@ def _in_folder(folder: Path, benchmark: Benchmark) -> Path | None:
         for path in folder.glob(pattern):
             if (
                 path.name.lower().endswith(endings)
-                and find(stem(path)) is benchmark
+                and benchmark_named(stem(path)) is benchmark
                 and path.is_file()
             ):
                 found.append((depth, path.name != benchmark.file, str(path), path))
@@ -446,7 +450,7 @@ def _difference(benchmark: Benchmark, path: Path) -> str | None:
 
 
 def _is_published(benchmark: Benchmark, path: Path) -> bool:
-    """Whether the file's bytes are known to be the published ones."""
+    """Return whether the file's bytes are known to be the published ones."""
     known = benchmark.digest is not None and path.suffix != ".parquet"
     return known and _difference(benchmark, path) is None
 

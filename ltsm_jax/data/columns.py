@@ -193,7 +193,7 @@ class TableReader:
         return [c for c in first if c in columns and holds_dates(table[c])]
 
     def numbers_are_dates(self, column: Any) -> bool:
-        """Whether numbers are dates of one step, without repeats."""
+        """Return whether numbers are dates of one step, without repeats."""
         problems: list[str] = []
         found = parse_stamps(column, problems, [])
         if problems or found is None:
@@ -202,7 +202,7 @@ class TableReader:
         return len(unique) == len(column) and infer_freq(unique) is not None
 
     def is_id_like(self, table: pd.DataFrame, label: Any) -> bool:
-        """Whether labels of rows repeat, as the names of several series do."""
+        """Return whether labels of rows repeat, as the names of several series do."""
         cells: Any = table[label]
         return not is_numeric(cells) and 1 < cells.nunique() < len(cells)
 
@@ -243,7 +243,7 @@ class TableReader:
                 )
 
     def any_numbers(self, table: pd.DataFrame, columns: list) -> bool:
-        """Whether a column holds numbers, as such or as text."""
+        """Return whether a column holds numbers, as such or as text."""
         cells = [table[column] for column in columns]
         return any(is_numeric(c) or (not is_time(c) and to_number(c).notna().any()) for c in cells)
 
@@ -349,13 +349,12 @@ class TableReader:
         able = sorted(able, key=lambda c: (c not in named, is_numeric(table[c])))[:50]
         self.check_clock(table, able, time)
         several = [c for c in able if c in named or tells_apart(table[c], repeats)]
-        choices = [[c] for c in several] + [
-            list(pair) for pair in itertools.combinations(several[:8], 2)
-        ]
+        choices = [[c] for c in several]
+        choices += map(list, itertools.combinations(several[:8], 2))
         return [choice for choice in choices if not self.repeated(frame, table, choice)]
 
     def repeated(self, frame: pd.DataFrame, table: pd.DataFrame, columns: list) -> bool:
-        """Whether rows of `frame` repeat even where `columns` of the table are added."""
+        """Return whether rows of `frame` repeat even where `columns` of the table are added."""
         cells = {f"id {c}": _codes(table[c]) for c in columns}
         return bool(frame.assign(**cells).duplicated().any())
 
@@ -476,7 +475,9 @@ def joined_time(table: pd.DataFrame, time: list) -> Any:
 
 
 def comes_in_kinds(cells: Any) -> bool:
-    """Whether cells are names of kinds, each of several rows: text, categories or whole numbers."""
+    """Return whether cells are names of kinds, each of several rows: text, categories or whole
+    numbers.
+    """
     if is_time(cells) or pd.api.types.is_float_dtype(cells):
         return False
     if pd.api.types.is_bool_dtype(cells):
@@ -486,7 +487,7 @@ def comes_in_kinds(cells: Any) -> bool:
 
 
 def tells_apart(cells: Any, repeats: float) -> bool:
-    """Whether kinds look like series: they stand in blocks, or many of the stamps repeat."""
+    """Return whether kinds look like series: they stand in blocks, or many of the stamps repeat."""
     changes = int((cells.to_numpy()[1:] != cells.to_numpy()[:-1]).sum())
     blocks = changes + 1 == cells.nunique() and not is_numeric(cells)
     return blocks or repeats >= 0.25

@@ -54,7 +54,7 @@ def pool(
     val_share: float = 0.0,
     max_missing: float = 0.1,
 ) -> Pool:
-    """Windows over `series`, in data units (see `Scaled` for a scale per window).
+    """Windows over `series`, in data units (see `ScaledWindows` for a scale per window).
 
     Args:
       series: arrays [T] of any lengths, NaN = missing.
@@ -94,7 +94,15 @@ def pool(
             continue
         filled = _fill(x, missing)
         starts = np.arange(x.size - length, -1, -stride)[::-1]
-        good = _usable(starts, filled, missing, context_len, horizon, max_missing, left_out)
+        good = _usable(
+            starts,
+            filled,
+            missing,
+            context_len=context_len,
+            horizon=horizon,
+            max_missing=max_missing,
+            left_out=left_out,
+        )
         border = x.size - int(x.size * val_share)
         before, after = good + length <= border, good + context_len >= border
         tables["train"].append(offset + good[before])
@@ -121,7 +129,11 @@ def pool(
     values = jnp.asarray(np.concatenate(flat)[None])
     parts = {
         part: Windows(
-            values, jnp.asarray(s, jnp.int32), jnp.zeros(s.size, jnp.int32), context_len, horizon
+            values=values,
+            starts=jnp.asarray(s, jnp.int32),
+            rows=jnp.zeros(s.size, jnp.int32),
+            context_len=context_len,
+            horizon=horizon,
         )
         for part, s in starts.items()
         if s.size
@@ -160,10 +172,10 @@ def shared(make: Callable[[], Pool], folder: str | Path) -> Pool:
     series what its devices hold (`Windows.over`). All call; `folder` may be removed when the
     windows are no longer needed.
     """
-    if hosts.count() == 1:
+    if hosts.process_count() == 1:
         return make()
     hosts.on_first(_write, make, Path(folder))
-    return hosts.together(_map, Path(folder))
+    return hosts.on_every_host(_map, Path(folder))
 
 
 def _write(make: Callable[[], Pool], folder: Path) -> None:
@@ -239,7 +251,7 @@ def read_folder(folder: str | Path, *, leave_out: Collection[str] = ()) -> dict[
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scaled:
+class ScaledWindows:
     """Windows in which each window has the scale of its own context: mean 0, std 1 there, values
     cut at +-`limit`.
 
@@ -273,7 +285,7 @@ class Scaled:
         """The variate of each window."""
         return self.windows.rows
 
-    def over(self, mesh: Mesh | None) -> "Scaled":
+    def over(self, mesh: Mesh | None) -> "ScaledWindows":
         """As `Windows.over`."""
         return dataclasses.replace(self, windows=self.windows.over(mesh))
 
@@ -288,7 +300,7 @@ class Scaled:
         return batch | jax.tree.map(lambda v: jnp.clip(v, -self.limit, self.limit), scaled)
 
 
-jax.tree_util.register_dataclass(Scaled, data_fields=["windows"], meta_fields=["limit"])
+jax.tree_util.register_dataclass(ScaledWindows, data_fields=["windows"], meta_fields=["limit"])
 
 
 def _fill(x, missing):

@@ -92,7 +92,7 @@ def read_decimal_commas(
     both = []
     for column in table.columns:
         read = column in changed or column in grouped or table[column].dtype.kind != "f"
-        if not read and _either(text, separator, skipped, column):
+        if not read and _either(text, separator, skipped, column=column):
             both.append(column)
     if both:
         notes.append(
@@ -118,7 +118,7 @@ def _with_points(column: Any) -> np.ndarray:
 
 
 def _either(text: str, separator: str, skipped: int, column: int) -> bool:
-    """Whether every cell of a column is written like 1.234."""
+    """Return whether every cell of a column is written like 1.234."""
     cells = pd.read_csv(
         io.StringIO(text),
         sep=separator,

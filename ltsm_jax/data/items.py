@@ -93,7 +93,7 @@ def places_in_item(starts: np.ndarray) -> np.ndarray:
 
 
 def inside(starts: np.ndarray) -> np.ndarray:
-    """Which steps from a sorted row to the next stay in one item, bool [T - 1]."""
+    """Mask of the steps from a sorted row to the next that stay in one item, bool [T - 1]."""
     stays = np.ones(max(int(starts[-1]) - 1, 0), bool)
     stays[starts[1:-1] - 1] = False
     return stays
@@ -126,7 +126,7 @@ def steps_of(items: Items) -> Steps:
     stays &= steps > 0
     usual = np.zeros(items.n, np.int64)
     if not stays.any():
-        return Steps(usual, 0, 0.0, False)
+        return Steps(usual=usual, common=0, share=0.0, constant=False)
     if stays.all():
         owners = items.owners[1:]
     else:
@@ -159,7 +159,7 @@ def steps_of(items: Items) -> Steps:
         common = int(kinds[np.argmax(overall[np.searchsorted(every, kinds)])])
     alike = (usual == common)[owners]
     share = float((steps[alike] == common).mean())
-    return Steps(usual, common, share, bool(alike.all() and share == 1))
+    return Steps(usual=usual, common=common, share=share, constant=bool(alike.all() and share == 1))
 
 
 def _most_frequent_each(
@@ -248,7 +248,7 @@ def _usual_months(items: Items, chosen: np.ndarray) -> int:
 
 
 def _skip_weekends(items: Items, chosen: np.ndarray) -> bool:
-    """Whether the chosen items have no stamp on a weekend, and step from Friday to Monday."""
+    """Return whether the chosen items have no stamp on a weekend and step from Friday to Monday."""
     days = items.clock.astype("datetime64[us]").astype("datetime64[D]")
     if not np.is_busday(days[chosen[items.owners]]).all():
         return False
@@ -259,7 +259,8 @@ def _skip_weekends(items: Items, chosen: np.ndarray) -> bool:
 
 
 def coarser(items: Items, place: np.ndarray) -> np.ndarray:
-    """Which items have a coarser step, bool [N]: three steps or more of one length over a place.
+    """Mask of the items with a coarser step, bool [N]: three steps or more of one length over a
+    place.
 
     Steps of several lengths must be six to count: holes may lie so by chance.
 

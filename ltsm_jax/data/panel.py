@@ -184,11 +184,11 @@ class Panel:
         stamps = self.stamps_at(np.array([i]), np.arange(hi - lo)[None])
         stamps = None if stamps is None else stamps[0]
         return Series(
-            str(self.ids[i]),
-            self.values[:, lo:hi],
-            self.columns,
-            stamps,
-            self.freq,
+            name=str(self.ids[i]),
+            values=self.values[:, lo:hi],
+            columns=self.columns,
+            timestamps=stamps,
+            freq=self.freq,
             tz=self.tz,
             time_name=self.time_name,
         )
@@ -248,7 +248,9 @@ class Panel:
         wall = to_wall(self.first, zone)
         found = np.empty(places.shape, "datetime64[us]")
         for rule, rows in self._rules(wall, items):
-            found[rows] = stamps_from(wall[items[rows]][:, None], places[rows], self.freq, rule)
+            found[rows] = stamps_from(
+                wall[items[rows]][:, None], places[rows], self.freq, rule=rule
+            )
         return from_wall(found.ravel(), zone).reshape(found.shape)
 
     def _rules(
@@ -273,5 +275,5 @@ class Panel:
 
 
 def _in_months(freq: str | None) -> bool:
-    """Whether a step has a day in the month."""
+    """Return whether a step has a day in the month."""
     return freq is not None and count_unit(freq)[1] in MONTHS

@@ -19,7 +19,7 @@ from ltsm_jax.data.items import (
     places_in_item,
     steps_of,
 )
-from ltsm_jax.data.stamps import is_numeric, is_time, parse_stamps, show
+from ltsm_jax.data.stamps import format_stamp, is_numeric, is_time, parse_stamps
 from ltsm_jax.frequency import (
     LENGTHS,
     MONTHS,
@@ -60,7 +60,7 @@ class Times:
 
 @dataclasses.dataclass
 class Grids:
-    """Where the sorted rows lie on the grids of their items.
+    """Places of the sorted rows on the grids of their items.
 
     Attributes:
       place: [T] whole places, 0 the first row of an item.
@@ -87,7 +87,7 @@ class Ahead:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
+class GridLayout:
     """From sorted rows [T] to rows of the grids [R].
 
     Attributes:
@@ -107,7 +107,7 @@ class Layout:
     meet: bool
 
     @classmethod
-    def of(cls, items: Items, place: np.ndarray, last: np.ndarray, ids: np.ndarray) -> "Layout":
+    def of(cls, items: Items, place: np.ndarray, last: np.ndarray, ids: np.ndarray) -> "GridLayout":
         """Lay the sorted rows out, those behind the last target of their item left aside."""
         bounds = np.concatenate([[0], np.cumsum(last + 1)])
         n_rows = int(bounds[-1])
@@ -158,7 +158,8 @@ class GridReader(TableReader):
     """A reader that places rows on the grids of their items."""
 
     def several(self, ids: np.ndarray, which: np.ndarray) -> str:
-        """How many items, and the first of them: " of 2 of 9 items (a, b)"; "" for a lone item.
+        """Say how many items, and name the first of them: " of 2 of 9 items (a, b)"; "" for a lone
+        item.
 
         Args:
           which: [N] bool.
@@ -206,14 +207,14 @@ class GridReader(TableReader):
         return table[time[0]] if len(time) == 1 else joined_time(table, time)
 
     def counts(self, columns: list) -> bool:
-        """Whether columns of numbers count the rows: whole numbers that are no dates."""
+        """Return whether columns of numbers count the rows: whole numbers that are no dates."""
         kinds: Any = pd.Series(pd.concat(columns, ignore_index=True).unique()).sort_values()
         if kinds.isna().any() or not (kinds == np.rint(kinds)).all():
             return False
         return not self.numbers_are_dates(kinds)
 
     def numbers_are_dates(self, column: Any) -> bool:
-        """Whether numbers are dates of one step; those of several items repeat."""
+        """Return whether numbers are dates of one step; those of several items repeat."""
         return super().numbers_are_dates(pd.Series(column.unique(), name=column.name))
 
     def stamps_of_kinds(self, column: Any) -> tuple[np.ndarray, str | None] | None:
@@ -288,7 +289,7 @@ class GridReader(TableReader):
         if self.irregular == "regularise" and off.any():
             self.move_to_grids(items, stamps, place, first, off)
         self.check_places(items, place, off, ids, steps)
-        return items, Grids(place, first, zone, self.rules_of(items, stamps))
+        return items, Grids(place=place, first=first, zone=zone, rules=self.rules_of(items, stamps))
 
     def counted(self, items: Items, times: Times) -> tuple[Items, Steps, str | None]:
         """(items with the clock that steps are counted on, their steps, the zone of that clock).
@@ -344,7 +345,7 @@ class GridReader(TableReader):
         return place, off
 
     def repeated_times(self, items: Items) -> np.ndarray:
-        """Which steps [T - 1] lead from a row to another of the same item and time."""
+        """Mask [T - 1] of the steps that lead from a row to another of the same item and time."""
         return (items.clock[1:] == items.clock[:-1]) & inside(items.starts)
 
     def move_to_grids(
@@ -461,7 +462,7 @@ class GridReader(TableReader):
 
     def written(self, time: Any) -> str:
         """A time of the clock as a message shows it."""
-        return str(time) if self.freq is None else show(time.view("datetime64[us]"))
+        return str(time) if self.freq is None else format_stamp(time.view("datetime64[us]"))
 
     def rules_of(self, items: Items, stamps: np.ndarray) -> tuple[DayRule, ...]:
         """The day in the month of all items, or of each where they differ; () for other steps."""
@@ -489,9 +490,9 @@ class GridReader(TableReader):
         times: Times,
         grids: Grids,
         codes: np.ndarray | None,
-        layout: Layout,
+        layout: GridLayout,
     ) -> Ahead | None:
-        """Where the rows ahead [A] lie on the grids of their items; None where there are none.
+        """Places of the rows ahead [A] on the grids of their items; None where there are none.
 
         Args:
           codes: [A] the item of each row, -1: the table has no such item.

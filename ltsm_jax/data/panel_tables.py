@@ -22,7 +22,7 @@ import pandas as pd
 from ltsm_jax.data.columns import ID_NAMES, QUOTED, Name, quote, short, to_number
 from ltsm_jax.data.items import Items, fill_linearly
 from ltsm_jax.data.panel import Panel
-from ltsm_jax.data.panel_grids import FIRST, MOST_HOLES, Ahead, GridReader, Layout, Times
+from ltsm_jax.data.panel_grids import FIRST, MOST_HOLES, Ahead, GridLayout, GridReader, Times
 from ltsm_jax.data.series import Series, clip
 from ltsm_jax.data.sources import as_table
 from ltsm_jax.data.stamps import counts_rows, holds_dates, is_numeric, is_time, rows
@@ -37,7 +37,7 @@ MANY_KINDS = 10_000  # more kinds of text are no categories
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PanelOptions:
-    """How a table of many items is read; the keywords of `read_panel`.
+    """Options for reading a table of many items; the keywords of `read_panel`.
 
     Attributes:
       id: the column(s) that tell the items apart; several are joined by "/" in messages, and come
@@ -204,7 +204,7 @@ class _PanelReader(GridReader):
         items = dataclasses.replace(items, clock=grids.place)
         last = self.last_rows(items, grids.place, values, ids)
         self.stop()
-        layout = Layout.of(items, grids.place, last, ids)
+        layout = GridLayout.of(items, grids.place, last, ids)
         self.choose_by_place(table, roles, layout)
         targets = np.empty((len(values), int(layout.bounds[-1])))
         for target, row in zip(targets, values, strict=True):
@@ -427,7 +427,9 @@ class _PanelReader(GridReader):
         ahead: Any,
         codes_ahead: np.ndarray | None,
     ) -> bool:
-        """Whether the cells of each item are the same, empty ones aside, in the rows ahead too."""
+        """Return whether the cells of each item are the same, empty ones aside, in the rows ahead
+        too.
+        """
         if cells.isna().all():
             return False
         if ahead is not None and codes_ahead is not None:
@@ -445,7 +447,7 @@ class _PanelReader(GridReader):
         same = kinds[present] == kinds[row[codes[present]]]
         return row if same.all() else None
 
-    def choose_by_place(self, table: pd.DataFrame, roles: _Roles, layout: Layout) -> None:
+    def choose_by_place(self, table: pd.DataFrame, roles: _Roles, layout: GridLayout) -> None:
         """Covariates left over: known ahead if rows behind the last target hold them, else past."""
         behind = layout.rows_behind()
         known, past, out = [], [], []
@@ -523,8 +525,8 @@ class _PanelReader(GridReader):
     def is_of_all_items(
         self, ahead: pd.DataFrame, roles: _Roles, codes: np.ndarray, times: Times
     ) -> bool:
-        """Whether rows ahead without ids can only mean all of several items: these end at one
-        stamp, and no stamp ahead occurs twice.
+        """Return whether rows ahead without ids can only mean all of several items: these end at
+        one stamp, and no stamp ahead occurs twice.
         """
         n = int(codes.max()) + 1
         if (
@@ -593,7 +595,7 @@ class _PanelReader(GridReader):
                     "their last value are the future, and the other columns are covariates"
                 )
 
-    def filled(self, values: np.ndarray, targets: list, layout: Layout) -> np.ndarray:
+    def filled(self, values: np.ndarray, targets: list, layout: GridLayout) -> np.ndarray:
         """Refuse, fill or keep the empty cells of the targets [C, R], as `missing` says; infinite
         ones are refused."""
         counts = []
@@ -622,7 +624,7 @@ class _PanelReader(GridReader):
             self.notes.append(f"missing cells of the targets {done}: {quote(counts)} of {rows}")
         return values
 
-    def where(self, mask: np.ndarray, layout: Layout) -> str:
+    def where(self, mask: np.ndarray, layout: GridLayout) -> str:
         """The first rows of the grids where `mask` [R] holds, by item and place."""
         shown = []
         for row in np.flatnonzero(mask)[:FIRST]:
@@ -639,7 +641,7 @@ class _PanelReader(GridReader):
         table: pd.DataFrame,
         ahead: pd.DataFrame | None,
         roles: _Roles,
-        layout: Layout,
+        layout: GridLayout,
         rows: Ahead | None,
     ) -> dict:
         """The fields of a `Panel` that hold covariates."""
@@ -716,7 +718,7 @@ class _PanelReader(GridReader):
         cells_ahead: list[tuple[np.ndarray, np.ndarray | None]],
         behind: Ahead,
         rows: Ahead | None,
-        layout: Layout,
+        layout: GridLayout,
         roles: _Roles,
     ) -> np.ndarray | None:
         """The known covariates [K, N, F] behind the last target of each item, NaN where not given.
@@ -755,7 +757,7 @@ class _PanelReader(GridReader):
         self.say_missing(future, layout, roles)
         return future
 
-    def say_missing(self, future: np.ndarray, layout: Layout, roles: _Roles) -> None:
+    def say_missing(self, future: np.ndarray, layout: GridLayout, roles: _Roles) -> None:
         """Say which items lack known covariates [K, N, F] up to where most items have them."""
         width = future.shape[2]
         given: Any = ~np.isnan(future).all(axis=0)
@@ -771,7 +773,9 @@ class _PanelReader(GridReader):
                 f"steps ahead{which}: {quote(roles.known)}"
             )
 
-    def fill_known(self, values: np.ndarray, cells: np.ndarray, rows: Ahead, layout: Layout) -> int:
+    def fill_known(
+        self, values: np.ndarray, cells: np.ndarray, rows: Ahead, layout: GridLayout
+    ) -> int:
         """Fill empty cells of the rows [R] from future, in place; count others that differ."""
         last = layout.last[rows.owners]
         here = (rows.place >= 0) & (rows.place <= last) & ~np.isnan(cells)
@@ -818,7 +822,7 @@ def _id_parts(table: pd.DataFrame, columns: list, codes: np.ndarray) -> pd.DataF
 
 
 def _one_kind(cells: Any) -> bool:
-    """Whether all cells are the same, and none is empty."""
+    """Return whether all cells are the same, and none is empty."""
     return cells.nunique() == 1 and not cells.isna().any()
 
 
@@ -831,7 +835,7 @@ def _own_type(ids: Any) -> np.ndarray:
 
 
 def _holds_truth(cells: Any) -> bool:
-    """Whether cells, empty ones aside, are truth values."""
+    """Return whether cells, empty ones aside, are truth values."""
     if pd.api.types.is_bool_dtype(cells):
         return True
     if cells.dtype != object:
@@ -841,7 +845,7 @@ def _holds_truth(cells: Any) -> bool:
 
 
 def _serves(cells: Any) -> bool:
-    """Whether a column that nobody named can be a covariate: numbers, truth, kinds of text."""
+    """Return whether an unnamed column can be a covariate: numbers, truth, kinds of text."""
     if cells.isna().all() or pd.api.types.is_complex_dtype(cells):
         return False
     if is_numeric(cells) or _holds_truth(cells):
@@ -861,7 +865,7 @@ def _as_numbers(truth: Any) -> np.ndarray:
 
 
 def _holds_kinds(cells: Any) -> bool:
-    """Whether cells are text of which less than half of the kinds are numbers."""
+    """Return whether cells are text of which less than half of the kinds are numbers."""
     if is_numeric(cells) or is_time(cells) or pd.api.types.is_timedelta64_dtype(cells):
         return False
     kinds = pd.Series(cells.dropna().unique())

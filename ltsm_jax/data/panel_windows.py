@@ -31,8 +31,8 @@ SHORTEST_VAL = 0.1  # share of the rows that validate where an item is too short
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the items of a panel lie in the long row of each target, and in which unit.
+class PanelLayout:
+    """Placement of a panel's items in the long row of each target, and their units.
 
     Attributes:
       values: [C + K, R] float32, NaN = missing: targets standardised per item by their training
@@ -73,7 +73,7 @@ class PanelSplits:
     val: Windows
     test: Windows
     panel: Panel
-    layout: Layout
+    layout: PanelLayout
     edges: np.ndarray
     most_train: int = MOST_TRAIN
     seed: int = 0
@@ -100,7 +100,9 @@ class PanelSplits:
         its `target_len`.
         """
         have = self.train
-        origins = _training_origins(self.edges[:, 0], have.context_len, horizon, have.horizon)
+        origins = _training_origins(
+            self.edges[:, 0], have.context_len, horizon, horizon=have.horizon
+        )
         facts = (self.columns, self.most_train, self.seed)
         found = _table(self.layout, origins, have.context_len, horizon, have.joint, *facts).windows
         return found if self.repeats == 1 else found.take(np.tile(np.arange(found.n), self.repeats))
@@ -154,66 +156,41 @@ def cut_panel(
     train_context = train_context or context_len
     target_len = max(target_len or horizon, horizon)
 
-    notes = list(panel.notes)
+    if covariates and not joint:
+        raise ValueError("covariates go with windows of all targets: joint=True")
+
     edges = _edges(panel, horizon)
-    scored = edges[:, 0] < edges[:, 2]
-    if not scored.any():
-        most = (int(panel.lengths.max()) - 1) // 2
-        fits = f"the longest allows a horizon of {most}" if most >= 1 else "forecast without tuning"
-        raise DataError(
-            f"{panel.name}: no item has the {2 * horizon + 1} rows that it takes to train, "
-            f"validate and test at a horizon of {horizon}; {fits}"
-        )
-    if not scored.all():
-        short = int((~scored).sum())
-        notes.append(
-            f"{short} of {panel.n_items} items are too short to be split at horizon {horizon} and "
-            "only train"
-        )
+    scored, notes = _long_enough(panel, edges, horizon)
 
     # Rows that the first window of each item lacks, whichever of the two lengths a target has.
     front = np.where(scored, np.maximum(context_len - edges[:, 0], 0), 0)
     for length in (horizon, target_len):
-        first, count = _training_origins(edges[:, 0], train_context, length, horizon)
+        first, count = _training_origins(edges[:, 0], train_context, length, horizon=horizon)
         front = np.maximum(front, np.where(count > 0, train_context - first, 0))
-    if covariates and not joint:
-        raise ValueError("covariates go with windows of all targets: joint=True")
-    layout, still = _lay_out(panel, edges[:, 0], front, covariates)
-
-    # A still item would be scored in data units, and one of them can outweigh all others. Where
-    # there is nothing else, it is scored all the same.
-    flat = still.all(axis=0)
-    usable = scored & ~flat
-    if usable.any() and (scored & flat).any():
-        count = int((scored & flat).sum())
-        notes.append(
-            f"{count} of {panel.n_items} items do not move in their training rows and are not "
-            "scored"
-        )
-    else:
-        usable = scored
+    layout, still = _lay_out(panel, edges[:, 0], front, covariates=covariates)
+    usable, left_out = _that_move(panel, scored, np.asarray(still.all(axis=0)))
+    notes += left_out
 
     parts = {}
     for part in PARTS:
         if part == "train":
-            origins = _training_origins(edges[:, 0], train_context, horizon, horizon)
+            origins = _training_origins(edges[:, 0], train_context, horizon, horizon=horizon)
             length, most = train_context, most_train
         else:
             lo, hi = edges[:, PARTS.index(part) - 1], edges[:, PARTS.index(part)]
             origins = lo, np.where(usable, hi - lo - horizon + 1, 0)
             length, most = context_len, most_scored
-        found = _table(layout, origins, length, horizon, joint, panel.columns, most, seed)
-        if found.taken < found.total:
-            notes.append(f"{part}: {found.taken:,} of {found.total:,} windows, spread evenly")
-        if empty := found.taken - found.windows.n:
-            notes.append(
-                f"{part}: {empty:,} windows left out, without an observed context or target"
-            )
-        if part != "train" and not found.windows.n:
-            raise DataError(
-                f"{panel.name}: no {part} window has an observed value in its context and in its "
-                "target"
-            )
+        found = _table(
+            layout,
+            origins,
+            length,
+            horizon=horizon,
+            joint=joint,
+            columns=panel.columns,
+            most=most,
+            seed=seed,
+        )
+        notes += _left_out(panel, part, found)
         parts[part] = found.windows
     return PanelSplits(
         **parts,
@@ -222,8 +199,62 @@ def cut_panel(
         edges=edges,
         most_train=most_train,
         seed=seed,
-        notes=tuple(notes),
+        notes=(*panel.notes, *notes),
     )
+
+
+def _long_enough(panel: Panel, edges: np.ndarray, horizon: int) -> tuple[np.ndarray, list[str]]:
+    """Tell the items [N] that are long enough to be scored, and say how many are not.
+
+    Raises: DataError where none is.
+    """
+    scored = edges[:, 0] < edges[:, 2]
+    if not scored.any():
+        most = (int(panel.lengths.max()) - 1) // 2
+        fits = f"the longest allows a horizon of {most}" if most >= 1 else "forecast without tuning"
+        raise DataError(
+            f"{panel.name}: no item has the {2 * horizon + 1} rows that it takes to train, "
+            f"validate and test at a horizon of {horizon}; {fits}"
+        )
+    if scored.all():
+        return scored, []
+    short = int((~scored).sum())
+    return scored, [
+        f"{short} of {panel.n_items} items are too short to be split at horizon {horizon} and "
+        "only train"
+    ]
+
+
+def _that_move(panel: Panel, scored: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Leave out of scoring the items [N] that are flat in their training rows, and say how many.
+
+    A still item would be scored in data units, and one of them can outweigh all others. Where there
+    is nothing else, it is scored all the same.
+    """
+    usable = scored & ~flat
+    if not usable.any() or not (scored & flat).any():
+        return scored, []
+    count = int((scored & flat).sum())
+    return usable, [
+        f"{count} of {panel.n_items} items do not move in their training rows and are not scored"
+    ]
+
+
+def _left_out(panel: Panel, part: str, found: "_Table") -> list[str]:
+    """Say which windows of a part are left out.
+
+    Raises: DataError where none is left to score.
+    """
+    notes = []
+    if found.taken < found.total:
+        notes.append(f"{part}: {found.taken:,} of {found.total:,} windows, spread evenly")
+    if empty := found.taken - found.windows.n:
+        notes.append(f"{part}: {empty:,} windows left out, without an observed context or target")
+    if part != "train" and not found.windows.n:
+        raise DataError(
+            f"{panel.name}: no {part} window has an observed value in its context and in its target"
+        )
+    return notes
 
 
 def _edges(panel: Panel, horizon: int) -> np.ndarray:
@@ -266,7 +297,7 @@ def _training_origins(
 
 def _lay_out(
     panel: Panel, train_rows: np.ndarray, front: np.ndarray, covariates: Collection[str]
-) -> tuple[Layout, np.ndarray]:
+) -> tuple[PanelLayout, np.ndarray]:
     """The layout, standardised by the first `train_rows` [N] of each item; whether these are still
     [C, N].
 
@@ -318,12 +349,12 @@ def _lay_out(
             middle, _, _ = _moments(more, ends)
             out[row : row + len(more), place] = more - np.repeat(middle, own, axis=1)
             row += len(more)
-    return Layout(
-        jnp.asarray(out),
-        mean,
-        std,
-        front,
-        panel.bounds[:-1] + shift,
+    return PanelLayout(
+        values=jnp.asarray(out),
+        mean=mean,
+        std=std,
+        front=front,
+        begin=panel.bounds[:-1] + shift,
         n_past=0 if past is None else len(past),
         n_known=0 if known is None else len(known),
     ), still
@@ -364,7 +395,7 @@ class _Table:
 
 
 def _table(
-    layout: Layout,
+    layout: PanelLayout,
     origins: tuple[np.ndarray, np.ndarray],
     context_len: int,
     horizon: int,
@@ -397,18 +428,18 @@ def _table(
         np.asarray(layout.values)[:targets],
         starts,
         None if joint else variate,
-        context_len,
-        horizon,
+        context_len=context_len,
+        horizon=horizon,
     )
 
     rows = None if joint else jnp.asarray(variate[seen].astype(np.int32))
     windows = Windows(
-        layout.values,
-        jnp.asarray(starts[seen]),
-        rows,
-        context_len,
-        horizon,
-        columns,
+        values=layout.values,
+        starts=jnp.asarray(starts[seen]),
+        rows=rows,
+        context_len=context_len,
+        horizon=horizon,
+        columns=columns,
         n_past=layout.n_past,
         n_known=layout.n_known,
     )
@@ -433,7 +464,7 @@ def _observed(
     context_len: int,
     horizon: int,
 ) -> np.ndarray:
-    """Whether each window [W] has an observed value in its context and one in its target."""
+    """Return whether each window [W] has an observed value in its context and one in its target."""
     found = np.zeros(len(starts), bool)
 
     def check(observed_R: Any, mine: np.ndarray) -> None:

@@ -87,7 +87,7 @@ class Series:
         are not known."""
         if self.timestamps is None or self.freq is None:
             return None
-        return following(self.timestamps, n, self.freq, self.tz)
+        return following(self.timestamps, n, self.freq, tz=self.tz)
 
     def in_zone(self, stamps: np.ndarray) -> pd.DatetimeIndex:
         """Stamps [T] of this series, or after it, as they came in: with the zone where they had

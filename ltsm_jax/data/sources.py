@@ -45,7 +45,7 @@ def stem(path: Path) -> str:
 
 
 def is_path(source: Any) -> bool:
-    """Whether a source names a file."""
+    """Return whether a source names a file."""
     return isinstance(source, str | os.PathLike)
 
 
@@ -189,7 +189,7 @@ def _read_text_table(path: Path, header: bool, notes: list[str]) -> pd.DataFrame
         raise DataError(f"{path}: only a header line, no rows")
     if separator != ",":
         notes.append(f"cells are separated by {SEPARATORS[separator]}")
-        read_decimal_commas(table, text, separator, names if header else None, notes)
+        read_decimal_commas(table, text, separator, names=names if header else None, notes=notes)
     table.columns = names if header else [str(i) for i in range(len(names))]
     return table
 
@@ -215,7 +215,7 @@ def _read_sheet(path: Path, notes: list[str]) -> pd.DataFrame:
         raise
     except Exception as e:  # openpyxl lets pass what its parsers of XML raise
         raise DataError(f"{path}: not a readable workbook ({clip(str(e), 300)})") from e
-    return _from_cells(path, cells, sheets, notes)
+    return _from_cells(path, cells, sheets, notes=notes)
 
 
 def _from_cells(
@@ -299,8 +299,9 @@ def _read_text(path: Path) -> str:
 
 
 def _looks_like_values(names: list[str]) -> bool:
-    """Whether a first line is data: all numbers but perhaps the first cell, and not the numbering
-    0, 1, 2, ..."""
+    """Return whether a first line is data: all numbers but perhaps the first cell, and not the
+    numbering 0, 1, 2, ...
+    """
     first, tail = names[0], names[1:] or names
     try:
         numbers = [float(cell) for cell in tail]

@@ -24,7 +24,7 @@ from ltsm_jax.data.windows import Windows, windows_between
 
 log = logging.getLogger(__name__)
 
-QUIRKS = frozenset({"etm1_typo", "pems_ratio", "few_shot_stride"})
+SPLIT_QUIRKS = frozenset({"etm1_typo", "pems_ratio", "few_shot_stride"})
 PARTS = ("train", "val", "test")
 
 
@@ -58,7 +58,7 @@ def borders_of(name: str | None, n_rows: int, quirks: Collection[str] = frozense
     `n_rows`.
     """
     quirks = _known(quirks)
-    benchmark = benchmarks.find(name) if name else None
+    benchmark = benchmarks.benchmark_named(name) if name else None
     rule = benchmark.borders if benchmark else (0.7, 0.2)
     if benchmark and (
         (benchmark.name == "ETTm1" and "etm1_typo" in quirks)
@@ -82,8 +82,8 @@ def borders_of(name: str | None, n_rows: int, quirks: Collection[str] = frozense
 
 def _known(quirks: Collection[str]) -> frozenset[str]:
     quirks = frozenset({quirks} if isinstance(quirks, str) else quirks)
-    if unknown := quirks - QUIRKS:
-        raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(QUIRKS)}")
+    if unknown := quirks - SPLIT_QUIRKS:
+        raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(SPLIT_QUIRKS)}")
     return quirks
 
 
@@ -130,8 +130,8 @@ class Scaler:
 
 
 def few_shot_indices(n: int, ratio: float, quirks: Collection[str] = frozenset()) -> np.ndarray:
-    """Which of `n` training windows a few-shot run sees, int64 [max(int(n * ratio), 1)]; not
-    random.
+    """Choose the windows, of `n`, that a few-shot run trains on, int64 [max(int(n * ratio), 1)];
+    not random.
 
     Evenly spread over the whole table: floor(j * n / m) for j = 0..m-1. With quirk
     `few_shot_stride` the released j * int(1 // ratio): rounded down (1 // 0.1 is 9), it leaves out
@@ -236,7 +236,7 @@ def prepare(
       borders: by default those of `series.benchmark`, else 70/10/20 percent.
       few_shot: share of the training windows kept (`few_shot_indices`); validation, test and
         scaling stay full.
-      quirks: released behaviours to follow, of `QUIRKS`.
+      quirks: released behaviours to follow, of `SPLIT_QUIRKS`.
       joint: windows of all variates instead of one variate each.
 
     Raises: ValueError when a part is too short for one window, naming each such part and what would
@@ -245,7 +245,7 @@ def prepare(
     """
     quirks = _known(quirks)
     borders = borders or borders_of(series.benchmark, series.n_rows, quirks)
-    _check_room(series, borders, context_len, horizon)
+    _check_room(series, borders, context_len, horizon=horizon)
     bad = [
         name for name, row in zip(series.columns, series.values, strict=True) if np.isinf(row).any()
     ]

@@ -52,7 +52,7 @@ _ZONED = r"(?:Z|[+-]\d\d:?\d\d|:\d\d[+-]\d\d|UTC|GMT)$"
 
 
 @dataclasses.dataclass
-class Reading:
+class StampReading:
     """One way to read a column.
 
     Attributes:
@@ -71,27 +71,27 @@ class Reading:
 
 
 def rows(mask: np.ndarray, cells: Any = None, stamps: np.ndarray | None = None) -> str:
-    """Name the first rows where `mask` [T] holds, by number or stamp, with what stands there."""
+    """Name the first rows where `mask` [T] holds, by number or stamp, with their cells."""
     at = np.flatnonzero(mask)
     more = ", ..." if len(at) > SHOWN else ""
     if stamps is not None:
-        return "at " + ", ".join(show(stamps[i]) for i in at[:SHOWN]) + more
+        return "at " + ", ".join(format_stamp(stamps[i]) for i in at[:SHOWN]) + more
     shown = [f"{i}" if cells is None else f"{i} {str(cells.iloc[i])[:40]!r}" for i in at[:SHOWN]]
     return f"row{'s' if len(at) > 1 else ''} {', '.join(shown)}{more} (counting from 0)"
 
 
-def show(stamp: Any) -> str:
+def format_stamp(stamp: Any) -> str:
     """A stamp without a tail of zeros."""
     return str(pd.Timestamp(stamp))
 
 
 def is_numeric(column: Any) -> bool:
-    """Whether a column holds numbers that are no truth values."""
+    """Return whether a column holds numbers that are no truth values."""
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 
 def is_time(column: Any) -> bool:
-    """Whether a column holds stamps, dates or periods as such, not as text or numbers."""
+    """Return whether a column holds stamps, dates or periods as such, not as text or numbers."""
     if pd.api.types.is_datetime64_any_dtype(column) or isinstance(column.dtype, pd.PeriodDtype):
         return True
     present = column.dropna()
@@ -100,7 +100,7 @@ def is_time(column: Any) -> bool:
 
 
 def holds_dates(column: Any) -> bool:
-    """Whether a column that nobody named is the time: dates, or text whose first cell is one."""
+    """Return whether an unnamed column is the time: dates, or text whose first cell is one."""
     if is_time(column):
         return True
     present = column.dropna()
@@ -119,7 +119,7 @@ def holds_dates(column: Any) -> bool:
 
 
 def counts_rows(column: Any) -> bool:
-    """Whether numbers [T] that are no dates only count the rows: a constant step upwards."""
+    """Return whether numbers [T] that are no dates only count the rows: a constant step upwards."""
     if not is_numeric(column) or len(column) < 2 or column.isna().any():
         return False
     steps = np.diff(column.to_numpy(np.float64))
@@ -160,7 +160,7 @@ def parse_stamps(
     fast = _fast_iso(column) if date_format is None else None
     if fast is not None:
         utc, offsets = fast
-        return utc, None if offsets is None else _zone_of_offsets(utc, offsets, name, notes)
+        return utc, None if offsets is None else _zone_of_offsets(utc, offsets, name, notes=notes)
     cells = _as_text(column)
     if cells is None:
         first = str(column.iloc[0])[:40]
@@ -179,7 +179,7 @@ def parse_stamps(
     except (ValueError, re.error) as e:
         problems.append(f"date_format={date_format!r} is no layout of dates: {e}")
         return None
-    chosen = _choose(readings, cells, column, freq, problems)
+    chosen = _choose(readings, cells, column, freq=freq, problems=problems)
     if chosen is None:
         return None
     if chosen.note:
@@ -187,7 +187,7 @@ def parse_stamps(
     if offsets is None:
         return chosen.stamps, None
     utc = chosen.stamps - offsets.astype("timedelta64[us]")
-    return utc, _zone_of_offsets(utc, offsets, name, notes)
+    return utc, _zone_of_offsets(utc, offsets, name, notes=notes)
 
 
 # ---- stamps as such ----
@@ -210,7 +210,7 @@ def _from_objects(column: Any, problems: list[str]) -> tuple[np.ndarray, str | N
         )
         utc = pd.to_datetime(column, utc=True).dt.tz_localize(None)
         utc = utc.to_numpy().astype("datetime64[us]")
-        return utc, _zone_of_offsets(utc, offsets, column.name, [])
+        return utc, _zone_of_offsets(utc, offsets, column.name, notes=[])
     if index.tz is None:
         return index.to_numpy().astype("datetime64[us]"), None
     utc = index.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
@@ -359,8 +359,8 @@ def _offset(zone: str) -> int:
 
 
 def _choose(
-    readings: list[Reading], cells: Any, column: Any, freq: str | None, problems: list[str]
-) -> Reading | None:
+    readings: list[StampReading], cells: Any, column: Any, freq: str | None, problems: list[str]
+) -> StampReading | None:
     """The one reading that holds; what is wrong or undecided goes to `problems`."""
     name = column.name
     whole = [r for r in readings if not np.isnat(r.stamps).any()]
@@ -380,7 +380,7 @@ def _choose(
         )
         return None
 
-    different: list[Reading] = []
+    different: list[StampReading] = []
     for reading in whole:
         if not any(np.array_equal(reading.stamps, other.stamps) for other in different):
             different.append(reading)
@@ -405,7 +405,7 @@ def _fill(stamps: np.ndarray, freq: str | None) -> float:
     return 0.0 if freq is None else grid_share(stamps, freq)
 
 
-def _both(readings: list[Reading], cells: Any, name: Any) -> str:
+def _both(readings: list[StampReading], cells: Any, name: Any) -> str:
     """Two readings or three of one cell on which they differ, each with how to ask for it."""
     differ = np.zeros(len(cells), bool)
     for reading in readings[1:]:
@@ -417,7 +417,7 @@ def _both(readings: list[Reading], cells: Any, name: Any) -> str:
         facts = [f"date_format={reading.layout!r}"] if reading.layout else []
         facts += [] if not reading.refusal else ["a date without a year"]
         facts += [f"a step of {step}"] if step else []
-        date = "" if reading.refusal else f"{show(reading.stamps[row])} "
+        date = "" if reading.refusal else f"{format_stamp(reading.stamps[row])} "
         shown.append(f"{date}({', '.join(facts)})")
     return (
         f"time column {name!r} can be read in {len(readings)} ways: row {row} "
@@ -425,15 +425,15 @@ def _both(readings: list[Reading], cells: Any, name: Any) -> str:
     )
 
 
-def _formatted(cells: Any, date_format: str) -> list[Reading]:
+def _formatted(cells: Any, date_format: str) -> list[StampReading]:
     """The cells in the layout that was asked for; a time of day is read by itself where the layout
     has none."""
     date_format = re.sub(r"\s*%[zZ]$", "", date_format)  # zones have been read and taken off
     parts = _parts(cells)
     if parts is None or re.search(r"%[HIMSfpTcX]", date_format) or date_format == "ISO8601":
-        return [Reading(_strptime(cells, date_format), date_format)]
+        return [StampReading(_strptime(cells, date_format), date_format)]
     dates, into = parts
-    return [Reading(_strptime(dates, date_format) + into, date_format)]
+    return [StampReading(_strptime(dates, date_format) + into, date_format)]
 
 
 def _strptime(cells: Any, layout: str) -> np.ndarray:
@@ -492,7 +492,7 @@ def _floats(digits: Any) -> np.ndarray:
     return number.to_numpy(np.float64, na_value=np.nan)
 
 
-def _readings(cells: Any) -> list[Reading]:
+def _readings(cells: Any) -> list[StampReading]:
     """Every layout in which the cells [T] of text without zones may be written."""
     parts = _parts(cells)
     dates, into = (cells, np.zeros(1, "timedelta64[us]")) if parts is None else parts
@@ -541,7 +541,7 @@ def _column(words: list[list[str]], i: int) -> list[str]:
     return [cell[i] for cell in words]
 
 
-def _layouts(words: list[list[str]], bare: bool) -> Iterator[Reading]:
+def _layouts(words: list[list[str]], bare: bool) -> Iterator[StampReading]:
     """Every layout of dates [U], given as tokens of one shape. `bare`: there is no time of day
     beside them."""
     shape = _shape(words[0])
@@ -560,10 +560,10 @@ def _layouts(words: list[list[str]], bare: bool) -> Iterator[Reading]:
         return
     if kinds == "00" and shape[1] == "." and bare and lengths[0] == {10}:
         since = [int(a) * 10**6 + int(b.ljust(6, "0")[:6]) for a, b in zip(*texts, strict=True)]
-        yield Reading(np.array(since, "datetime64[us]"))
+        yield StampReading(np.array(since, "datetime64[us]"))
         return
     for roles, rank in _roles(kinds, lengths):
-        yield _reading(words, fields, roles, rank)
+        yield _reading(words, fields, roles, rank=rank)
 
 
 def _roles(kinds: str, lengths: list[set[int]]) -> list[tuple[str, int]]:
@@ -601,7 +601,7 @@ def _roles(kinds: str, lengths: list[set[int]]) -> list[tuple[str, int]]:
     return []
 
 
-def _reading(words: list[list[str]], fields: list[int], roles: str, rank: int) -> Reading:
+def _reading(words: list[list[str]], fields: list[int], roles: str, rank: int) -> StampReading:
     """Dates [U] whose `fields`, places among the tokens, have these roles."""
     parts: dict[str, np.ndarray] = {}
     layout = list(words[0])
@@ -618,7 +618,9 @@ def _reading(words: list[list[str]], fields: list[int], roles: str, rank: int) -
     if "y" not in parts and "Y" not in parts:
         refusal = f"its dates have no year (first: {''.join(words[0])!r}); write the year too"
         layout = []
-    return Reading(stamps, "".join(layout), rank, note, refusal)
+    return StampReading(
+        stamps=stamps, layout="".join(layout), rank=rank, note=note, refusal=refusal
+    )
 
 
 def _dates(
@@ -645,7 +647,7 @@ def _dates(
     return np.where(good, dates, NAT).astype("datetime64[us]"), note
 
 
-def _compact(words: list[list[str]], bare: bool) -> Iterator[Reading]:
+def _compact(words: list[list[str]], bare: bool) -> Iterator[StampReading]:
     """Dates [U] of digits alone: 2024, 202401, 20240131, 2024013123, seconds since 1970, ..."""
     texts = [cell[0] for cell in words]
     lengths = {len(text) for text in texts}
@@ -680,18 +682,20 @@ def _compact(words: list[list[str]], bare: bool) -> Iterator[Reading]:
             if role in parts:
                 stamps = stamps + (parts[role] * length).astype("timedelta64[us]")
                 stamps[parts[role] > most] = NAT
-        yield Reading(stamps, "".join(f"%{role}" for role in roles), rank, note)
+        yield StampReading(
+            stamps=stamps, layout="".join(f"%{role}" for role in roles), rank=rank, note=note
+        )
     size = len(texts[0])
     if bare and size in EPOCHS:
         number = np.array([int(text) for text in texts], object)
         since = [n // 1000 if size == 19 else n * EPOCHS[size] for n in number]
         if max(since) < 2**62:
-            yield Reading(np.array(since, np.int64).astype("datetime64[us]"), rank=2)
+            yield StampReading(np.array(since, np.int64).astype("datetime64[us]"), rank=2)
 
 
 def _lettered(
     words: list[list[str]], shape: tuple[str, ...], letters: list[int]
-) -> Iterator[Reading]:
+) -> Iterator[StampReading]:
     """Quarters, months and weeks by letter, dates [U]: 2024Q1, 2024-Q1, Q1 2024, 1Q2024, 2024M01,
     2024-W05-1."""
     letter = shape[letters[0]].upper()
@@ -718,10 +722,10 @@ def _lettered(
         monday = days - ((days.astype(np.int64) + 3) % 7).astype("timedelta64[D]")
         dates = monday + ((count - 1) * 7 + weekday - 1).astype("timedelta64[D]")
         good = (count >= 1) & (count <= 53) & (weekday >= 1) & (weekday <= 7)
-        yield Reading(np.where(good, dates, NAT).astype("datetime64[us]"))
+        yield StampReading(np.where(good, dates, NAT).astype("datetime64[us]"))
         return
     good = (count >= 1) & (count <= 4) if letter == "Q" else np.ones(len(words), bool)
     month = (count - 1) * 3 + 1 if letter == "Q" else count
     stamps, _ = _dates({"Y": year, "m": month})
     stamps[~good] = NAT
-    yield Reading(stamps)
+    yield StampReading(stamps)

@@ -85,18 +85,18 @@ def _gp(rng, n, T):
     for j in range(4):
         kind = rng.choice(3, n, p=[0.45, 0.25, 0.3])  # pure period, local period, aperiodic
         period = _periods(rng, n)
-        roughness = _log_uniform(rng, 0.25, 2.0, n)
+        roughness = _log_uniform(rng, 0.25, 2.0, size=n)
         term = _lookup(_periodic_table(rng, roughness), _phase(rng, period, T))
         local = kind != 0
         term[local] = _stationary(
-            rng, np.where(kind == 1, period, np.inf)[local], roughness[local], T
+            rng, np.where(kind == 1, period, np.inf)[local], roughness[local], T=T
         )
         line = (
             rng.random(n) < 0.15
         )  # a product with the linear kernel is a product of the sample with a line
         term *= np.where(line[:, None], np.linspace(-1, 1, T) + rng.uniform(-1, 1, (n, 1)), 1.0)
         x += np.where(j < terms, rng.lognormal(0, 0.7, n), 0.0)[:, None] * term
-    return _add_noise(rng, _unit(x), 0.02, 0.8, white=0.6)
+    return _add_noise(rng, _unit(x), 0.02, high=0.8, white=0.6)
 
 
 def _calendar(rng, n, T):
@@ -112,15 +112,17 @@ def _calendar(rng, n, T):
     is_rest = (day % 7 >= 5) & (rng.random((n, 1)) < 0.65)  # a third of the series knows no week
     x = np.where(is_rest, _lookup(rest, phase), _lookup(work, phase))
     # Single weekdays differ as well, a little in most series and much in some.
-    week = rng.normal(size=(n, 7)) * _gate(rng, n, 0.5) * _log_uniform(rng, 0.05, 0.6, (n, 1))
+    week = rng.normal(size=(n, 7)) * _gate(rng, n, 0.5) * _log_uniform(rng, 0.05, 0.6, size=(n, 1))
     x += (
         np.take_along_axis(week, day % 7, 1)
         - _gate(rng, n, 0.4) * rng.uniform(0, 1.0, (n, 1)) * is_rest
     )
 
     n_days = day.max() + 2
-    amplitude = _ar(rng, n, n_days, rng.uniform(0, 0.95, n)) * rng.uniform(0, 0.4, (n, 1))
-    level = _ar(rng, n, n_days, rng.uniform(0, 0.98, n)) * _log_uniform(rng, 0.03, 1.5, (n, 1))
+    amplitude = _ar(rng, n, n_days, rho=rng.uniform(0, 0.95, n)) * rng.uniform(0, 0.4, (n, 1))
+    level = _ar(rng, n, n_days, rho=rng.uniform(0, 0.98, n)) * _log_uniform(
+        rng, 0.03, 1.5, size=(n, 1)
+    )
     abrupt = (
         rng.random((n, 1)) < 0.4
     )  # a new day begins with a jump, or yesterday glides into today
@@ -133,11 +135,11 @@ def _calendar(rng, n, T):
     x = x * np.clip(1 + at(amplitude), 0.05, None) + at(level)
 
     slow = (
-        _coloured(rng, n, T, rng.uniform(1.2, 2.4, n))
+        _coloured(rng, n, T, beta=rng.uniform(1.2, 2.4, n))
         * _gate(rng, n, 0.7)
-        * _log_uniform(rng, 0.05, 1.5, (n, 1))
+        * _log_uniform(rng, 0.05, 1.5, size=(n, 1))
     )
-    return _add_noise(rng, x + slow, 0.02, 1.2, white=0.35)
+    return _add_noise(rng, x + slow, 0.02, high=1.2, white=0.35)
 
 
 def _structure(rng, n, T):
@@ -150,12 +152,13 @@ def _structure(rng, n, T):
     x += (
         saturating
         * rng.normal(0, 2, (n, 1))
-        / (1 + np.exp(-(t - bend) * _log_uniform(rng, 5, 40, (n, 1))))
+        / (1 + np.exp(-(t - bend) * _log_uniform(rng, 5, 40, size=(n, 1))))
     )
     for j in range(3):
         season = _lookup(_day_shape(rng, n), _phase(rng, _periods(rng, n), T))
         drift = np.exp(
-            _smooth(rng, n, T, _log_uniform(rng, 0.1, 1.0, n) * T) * rng.uniform(0, 0.5, (n, 1))
+            _smooth(rng, n, T, scale=_log_uniform(rng, 0.1, 1.0, size=n) * T)
+            * rng.uniform(0, 0.5, (n, 1))
         )
         x += (
             _gate(rng, n, (0.95, 0.5, 0.25)[j])
@@ -166,7 +169,7 @@ def _structure(rng, n, T):
     # Regimes: a two-state chain that shifts the level and scales what is there.
     switch = np.cumsum(rng.random((n, T)) < 2.0 / T, 1) % 2 * _gate(rng, n, 0.25)
     x = x * (1 + switch * rng.uniform(-0.6, 0.8, (n, 1))) + switch * rng.normal(0, 1, (n, 1))
-    return _add_noise(rng, x, 0.02, 1.2, white=0.4)
+    return _add_noise(rng, x, 0.02, high=1.2, white=0.4)
 
 
 def _sparse(rng, n, T):
@@ -175,15 +178,17 @@ def _sparse(rng, n, T):
     phase = (np.arange(T) / period + rng.random((n, 1))) % 1
     day_len = rng.uniform(0.3, 0.6, (n, 1))
     sun = np.clip(np.sin(np.pi * phase / day_len), 0, None) * (phase < day_len)
-    clouds = _smooth(rng, n, T, _log_uniform(rng, 0.03, 2.0, n) * period[:, 0])
-    sun = sun ** _log_uniform(rng, 0.7, 2.0, (n, 1)) * np.clip(
+    clouds = _smooth(rng, n, T, scale=_log_uniform(rng, 0.03, 2.0, size=n) * period[:, 0])
+    sun = sun ** _log_uniform(rng, 0.7, 2.0, size=(n, 1)) * np.clip(
         1 - rng.uniform(0, 1, (n, 1)) * np.abs(clouds), 0, None
     )
 
     rate = np.exp(
         1.2 * _lookup(_day_shape(rng, n), phase) * _gate(rng, n, 0.7) + rng.uniform(-1.5, 3, (n, 1))
     )
-    rate *= np.exp(0.5 * _coloured(rng, n, T, rng.uniform(0.5, 2.0, n)) * rng.uniform(0, 1, (n, 1)))
+    rate *= np.exp(
+        0.5 * _coloured(rng, n, T, beta=rng.uniform(0.5, 2.0, n)) * rng.uniform(0, 1, (n, 1))
+    )
     counts = rng.poisson(np.minimum(rate, 1e4)).astype(np.float64)
     bursts = counts * rng.gamma(1.0, 1.0, (n, T))
     kind = rng.choice(3, n, p=[0.5, 0.3, 0.2])[:, None]
@@ -195,15 +200,18 @@ def _wander(rng, n, T):
     kind = rng.choice(3, n, p=[0.35, 0.3, 0.35])[:, None]
     walk = _unit(
         np.cumsum(
-            rng.standard_t(4, (n, T)) * np.exp(_smooth(rng, n, T, np.full(n, T / 8.0)) * 0.5), 1
+            rng.standard_t(4, (n, T)) * np.exp(_smooth(rng, n, T, scale=np.full(n, T / 8.0)) * 0.5),
+            1,
         )
     )
-    ar = _ar(rng, n, T, 1 - _log_uniform(rng, 0.002, 0.7, n))
+    ar = _ar(rng, n, T, rho=1 - _log_uniform(rng, 0.002, 0.7, size=n))
     x = np.where(
-        kind == 0, walk, np.where(kind == 1, ar, _coloured(rng, n, T, rng.uniform(0.2, 2.6, n)))
+        kind == 0,
+        walk,
+        np.where(kind == 1, ar, _coloured(rng, n, T, beta=rng.uniform(0.2, 2.6, n))),
     )
     season = _lookup(_day_shape(rng, n), _phase(rng, _periods(rng, n), T))
-    return x + _gate(rng, n, 0.65) * _log_uniform(rng, 0.1, 1.2, (n, 1)) * season
+    return x + _gate(rng, n, 0.65) * _log_uniform(rng, 0.1, 1.2, size=(n, 1)) * season
 
 
 FAMILIES = ((_gp, 0.2), (_calendar, 0.4), (_structure, 0.15), (_sparse, 0.1), (_wander, 0.15))
@@ -224,7 +232,7 @@ def _mishaps(rng, x):
         return rng.random((n, 1)) < share
 
     spikes = (
-        (rng.random((n, T)) < _log_uniform(rng, 3e-4, 1e-2, (n, 1)))
+        (rng.random((n, T)) < _log_uniform(rng, 3e-4, 1e-2, size=(n, 1)))
         * rng.standard_t(2.5, (n, T)).clip(-8, 8)
         * 2
     )
@@ -251,7 +259,7 @@ def _mishaps(rng, x):
         w, rows, hi = at - lo, x[slower], np.minimum(lo + 1, T - 1)
         x[slower] = np.take_along_axis(rows, lo, 1) * (1 - w) + np.take_along_axis(rows, hi, 1) * w
 
-    grain = _log_uniform(rng, 0.02, 0.4, (n, 1))
+    grain = _log_uniform(rng, 0.02, 0.4, size=(n, 1))
     x = np.where(hit(0.08), np.round(x / grain) * grain, x)
 
     stuck = (t >= begin) & (t < begin + np.minimum(span, 96)) & hit(0.05)
@@ -265,9 +273,9 @@ def _add_noise(rng, x, low, high, *, white):
     n, T = x.shape
     x = _unit(x)
     beta = np.where(rng.random(n) < white, 0.0, rng.uniform(0.0, 1.6, n))
-    noise = _coloured(rng, n, T, beta)
+    noise = _coloured(rng, n, T, beta=beta)
     follows = np.clip(1 + rng.uniform(0, 0.9, (n, 1)) * _gate(rng, n, 0.3) * x, 0.1, None)
-    return x + _log_uniform(rng, low, high, (n, 1)) * follows * noise
+    return x + _log_uniform(rng, low, high, size=(n, 1)) * follows * noise
 
 
 # ---- building blocks ----
@@ -280,12 +288,12 @@ def _day_shape(rng, n):
     u = np.arange(GRID) / GRID
     x = np.zeros((n, GRID))
     for j in range(4):
-        sharp = _log_uniform(rng, 0.5, 80, (n, 1))
+        sharp = _log_uniform(rng, 0.5, 80, size=(n, 1))
         bump = np.exp(sharp * (np.cos(2 * np.pi * (u - rng.random((n, 1)))) - 1))
         x += _gate(rng, n, (1.0, 0.7, 0.4, 0.25)[j]) * rng.normal(0.6, 0.8, (n, 1)) * bump
-    curve = _periodic_table(rng, _log_uniform(rng, 0.4, 2.5, n))
+    curve = _periodic_table(rng, _log_uniform(rng, 0.4, 2.5, size=n))
     x = _unit(x) * rng.uniform(0, 1, (n, 1)) + _unit(curve) * rng.uniform(0, 1, (n, 1))
-    edge = _log_uniform(rng, 30, 400, (n, 1))
+    edge = _log_uniform(rng, 30, 400, size=(n, 1))
     block = np.tanh(
         edge * (np.cos(2 * np.pi * (u - rng.random((n, 1)))) - rng.uniform(-0.8, 0.8, (n, 1))) * 0.2
     )
@@ -312,11 +320,11 @@ def _stationary(rng, period, roughness, T):
     local = np.isfinite(period)
     scale = np.where(
         local,
-        _log_uniform(rng, 1, 8, n) * np.minimum(period, T / 8),
-        _log_uniform(rng, 2, T / 4, n),
+        _log_uniform(rng, 1, 8, size=n) * np.minimum(period, T / 8),
+        _log_uniform(rng, 2, T / 4, size=n),
     )
     d2 = (lag / scale[:, None]) ** 2
-    alpha = _log_uniform(rng, 0.3, 3, (n, 1))
+    alpha = _log_uniform(rng, 0.3, 3, size=(n, 1))
     kernel = np.where(rng.random((n, 1)) < 0.6, np.exp(-d2 / 2), (1 + d2 / (2 * alpha)) ** -alpha)
     kernel[local] *= np.exp(
         -2 * (np.sin(np.pi * lag / period[local, None]) / roughness[local, None]) ** 2
@@ -339,7 +347,7 @@ def _smooth(rng, n, T, scale):
     """Gaussian-filtered noise [n, T] of unit variance; scale [n] in steps."""
     f = np.fft.rfftfreq(2 * T)
     gain = np.exp(-((np.pi * f * scale[:, None]) ** 2))
-    return _spectral(rng, n, T, gain)
+    return _spectral(rng, n, T, gain=gain)
 
 
 def _coloured(rng, n, T, beta):
@@ -348,7 +356,7 @@ def _coloured(rng, n, T, beta):
     """
     f = np.fft.rfftfreq(2 * T)
     f[0] = f[1]
-    return _spectral(rng, n, T, f ** (-beta[:, None] / 2))
+    return _spectral(rng, n, T, gain=f ** (-beta[:, None] / 2))
 
 
 def _spectral(rng, n, T, gain):
@@ -386,7 +394,9 @@ def _phase(rng, period, T):
 
 def _periods(rng, n):
     return np.where(
-        rng.random(n) < 2 / 3, rng.choice(PERIODS, n, p=PERIOD_SHARES), _log_uniform(rng, 4, 720, n)
+        rng.random(n) < 2 / 3,
+        rng.choice(PERIODS, n, p=PERIOD_SHARES),
+        _log_uniform(rng, 4, 720, size=n),
     )
 
 

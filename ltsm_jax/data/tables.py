@@ -19,7 +19,7 @@ import pandas as pd
 from ltsm_jax.data.columns import QUOTED, Name, Stamps, TableReader, quote, short
 from ltsm_jax.data.series import Series, clip
 from ltsm_jax.data.sources import as_table
-from ltsm_jax.data.stamps import rows, show
+from ltsm_jax.data.stamps import format_stamp, rows
 from ltsm_jax.frequency import (
     Grid,
     canonical_freq,
@@ -37,7 +37,7 @@ IRREGULAR = ("error", "regularise", "ignore")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
-    """How a table is read; the keywords of `read_series`, and of whatever passes them on.
+    """Options for reading a table; the keywords of `read_series`, and of whatever passes them on.
 
     Attributes:
       target: the column(s) to read, by name; by default every column but those of time and id.
@@ -178,11 +178,11 @@ class _SeriesReader(TableReader):
             )
         self.stop()
         return Series(
-            self.name,
-            values,
-            tuple(map(str, targets)),
-            stamps,
-            self.freq,
+            name=self.name,
+            values=values,
+            columns=tuple(map(str, targets)),
+            timestamps=stamps,
+            freq=self.freq,
             notes=tuple(clip(note, 500) for note in self.notes),
             tz=tz,
             model_freq="oov" if self.how.freq == "oov" else None,
@@ -285,14 +285,17 @@ class _SeriesReader(TableReader):
             i = int((steps < 0).argmax()) + 1
             count = (steps < 0).sum()
             found.append(
-                f"{count} stamps earlier than the one before, first in row {i}: {show(clock[i])}"
+                f"{count} stamps earlier than the one before, first in row {i}: "
+                f"{format_stamp(clock[i])}"
             )
         unique, first_rows = np.unique(clock, return_index=True)
         if len(unique) < len(clock):
             again = np.ones(len(clock), bool)
             again[first_rows] = False
             i = int(again.argmax())
-            found.append(f"{again.sum()} stamps repeated, first in row {i}: {show(clock[i])}")
+            found.append(
+                f"{again.sum()} stamps repeated, first in row {i}: {format_stamp(clock[i])}"
+            )
         advice = (
             "irregular='regularise' sorts the rows and puts them on the regular grid, holes missing"
         )
@@ -307,9 +310,8 @@ class _SeriesReader(TableReader):
             wrong = np.abs(np.diff(places) - 1) > 1e-9
             if wrong.any():
                 i = int(wrong.argmax()) + 1
-                where = (
-                    f"first in row {first_rows[i]}: {show(unique[i])} follows {show(unique[i - 1])}"
-                )
+                pair = f"{format_stamp(unique[i])} follows {format_stamp(unique[i - 1])}"
+                where = f"first in row {first_rows[i]}: {pair}"
                 found.append(f"{wrong.sum()} steps that are not {self.freq}, {where}")
         if found:
             self.problems += [f"time: {f}" for f in found]
@@ -411,11 +413,10 @@ class _SeriesReader(TableReader):
         """Ids whose stamps differ from the first one's, and what to do."""
         lines = []
         for key in [next(iter(groups)), *odd[:3]]:
-            span = (
-                ""
-                if stamps is None
-                else f", {show(stamps[groups[key][0]])} to {show(stamps[groups[key][-1]])}"
-            )
+            span = ""
+            if stamps is not None:
+                first, last = stamps[groups[key][0]], stamps[groups[key][-1]]
+                span = f", {format_stamp(first)} to {format_stamp(last)}"
             lines.append(f"{str(key)[:QUOTED]}: {len(groups[key])} rows{span}")
         hint = (
             ""
@@ -431,8 +432,9 @@ class _SeriesReader(TableReader):
     # ---- values ----
 
     def without_future(self, stamps: Stamps, values: np.ndarray) -> tuple[Stamps, np.ndarray]:
-        """(stamps, values) without the last rows in which every variate is empty: nobody has
-        observed them yet."""
+        """Drop the last rows of (stamps, values) in which every variate is empty: they are not
+        observed yet.
+        """
         seen: Any = ~np.isnan(values).all(axis=0)
         if self.problems or not seen.any() or seen[-1]:
             return stamps, values
@@ -501,7 +503,7 @@ class _SeriesReader(TableReader):
 
 
 def tail(bad: np.ndarray) -> int:
-    """How many of the last cells [T] are empty."""
+    """Count the empty cells at the end of [T]."""
     return len(bad) if bad.all() else int(bad[::-1].argmin())
 
 

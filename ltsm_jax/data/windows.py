@@ -143,7 +143,7 @@ class Windows:
         return dataclasses.replace(self, values=values_NS, starts=starts, rows=rows)
 
     def describe(self, i: int) -> dict[str, Any]:
-        """Where window `i` lies, for reports and error messages (host only).
+        """Describe the place of window `i`, for reports and error messages (host only).
 
         Returns: {"window", "variate" (None when joint), "column", "start", "target_start", "stop"}
         with rows counted in the series, `stop` exclusive; with stamps known also {"first",
@@ -213,7 +213,13 @@ class Spread(Windows):
             starts_B = starts[indices] - first
             mine_B = (starts_B >= 0) & (starts_B < part_len)
             rows_B = None if rows is None else rows[indices]
-            here = Windows(values[0], starts_B, rows_B, self.context_len, self.horizon)
+            here = Windows(
+                values=values[0],
+                starts=starts_B,
+                rows=rows_B,
+                context_len=self.context_len,
+                horizon=self.horizon,
+            )
             x_BCT = here._cut(
                 jnp.arange(len(indices))
             )  # of starts elsewhere some rows or other, which go to 0
@@ -367,7 +373,7 @@ jax.tree_util.register_dataclass(OwnScale, data_fields=["windows"], meta_fields=
 
 
 def observed_in(values: np.ndarray, windows: Windows) -> np.ndarray:
-    """Whether window i has an observed value in its context and one in its target: bool [N].
+    """Return whether window i has an observed value in its context and one in its target: bool [N].
 
     values: [C, T], those of the windows, on the host. Windows of all variates need one of any
     variate.

@@ -89,7 +89,7 @@ def _like_filters(draw: jax.Array, leaf: jax.Array, axes: tuple[int, ...]) -> ja
 
 
 def _beside(x: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Lay an array where a leaf of the same shape lies, if somebody has put that anywhere."""
+    """Colocate an array with a leaf of the same shape, if that is committed."""
     if not getattr(leaf, "committed", False):
         return x
     where = leaf.sharding
@@ -209,7 +209,7 @@ def trajectory_plane(models: Sequence[Tree]) -> Plane:
     u, v = directions
     places = {str(i): (_dot(step, u), _dot(step, v)) for i, step in enumerate(steps)}
     explained = tuple(float(part) for part in spread[:2] / spread.sum())
-    return Plane(origin, (u, v), places, explained)
+    return Plane(origin=origin, directions=(u, v), places=places, explained=explained)
 
 
 def _difference(a: Tree, b: Tree) -> Tree:

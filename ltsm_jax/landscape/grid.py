@@ -89,10 +89,10 @@ class Surface:
         if not level > 0:
             return math.nan
         if self.y is None:
-            return _nearest_crossing(self.loss[None], x[None], np.zeros((1, len(x))), level)
+            return _nearest_crossing(self.loss[None], x[None], np.zeros((1, len(x))), level=level)
         wide, high = np.meshgrid(x, self.y)
-        rows = _nearest_crossing(self.loss, wide, high, level)
-        columns = _nearest_crossing(self.loss.T, wide.T, high.T, level)
+        rows = _nearest_crossing(self.loss, wide, high, level=level)
+        columns = _nearest_crossing(self.loss.T, wide.T, high.T, level=level)
         return min(rows, columns)
 
     def smoothness(self) -> dict[str, float]:
@@ -186,8 +186,8 @@ def surface(
       points: on each axis; an odd number has the centre among them.
       x, y: other axes, [X] and [Y], in place of `radius` and `points`.
       at_once: points computed at once on each device; by default chosen as said above.
-      folder: where finished points are kept. The same call goes on from there, and ends with the
-        same bits as one that nobody stopped. A folder of other axes, parameters, directions, facts
+      folder: where finished points are kept. The same call resumes from it, and ends with the same
+        bits as an uninterrupted one. A folder of other axes, parameters, directions, facts
         or of another loss is refused.
       facts: what else a folder must agree with, JSON values.
       progress: called as `progress(done, all)` after each part.
@@ -216,9 +216,9 @@ def surface(
         loss, ways = placement.replicate(loss), placement.replicate(ways)
     devices = 1 if spread is None else spread.size
 
-    kept = _Kept(folder, x, y, params, ways, loss, facts)
+    kept = _Kept(folder=folder, x=x, y=y, params=params, directions=ways, loss=loss, facts=facts)
     if at_once is None:
-        at_once = kept.at_once or _points_at_once(loss, params, ways, places)
+        at_once = kept.at_once or _points_at_once(loss, params, ways, places=places)
     size = devices * (at_once if at_once > 1 else CALL)
     size = min(size, devices * -(-len(places) // devices))
 
@@ -238,7 +238,7 @@ def surface(
 
     found = kept.begin(at_once, compute)
     # Hosts and devices that work together must agree on the parts; one device takes its time.
-    alone = devices == 1 and at_once == 1 and hosts.count() == 1
+    alone = devices == 1 and at_once == 1 and hosts.process_count() == 1
     pace = 1 if alone else size
     saved = time.monotonic()
     while len(found) < len(places):
@@ -248,7 +248,7 @@ def surface(
             pace = _paced(pace, time.monotonic() - began, size)
         if progress is not None:
             progress(len(found), len(places))
-        stopping = hosts.stopping() and hosts.count() == 1
+        stopping = hosts.stopping() and hosts.process_count() == 1
         late = time.monotonic() - saved > SAVE_EVERY
         if stopping or len(found) == len(places) or hosts.agree(late).any():
             kept.write(found)
@@ -300,7 +300,7 @@ def _places(x: np.ndarray, y: np.ndarray | None) -> np.ndarray:
 
 
 def _is_tree(loss: Loss) -> bool:
-    """Whether a loss is a tree of arrays that can be called, and no leaf."""
+    """Return whether a loss is a tree of arrays that can be called, and no leaf."""
     return not jax.tree_util.all_leaves([loss])
 
 

@@ -152,4 +152,11 @@ def split_loss(
     parts = placement.row_parts
     rows = min(batch_size or model.eval_batch * parts, windows.n)
     rows = -(-rows // parts) * parts  # the devices must divide a batch
-    return SplitLoss(windows.over(placement.mesh), model, kind, task, rows, placement)
+    return SplitLoss(
+        windows=windows.over(placement.mesh),
+        model=model,
+        kind=kind,
+        task=task,
+        batch_size=rows,
+        placement=placement,
+    )

@@ -79,7 +79,7 @@ def pooled(series: Series, factor: int, *, before: bool) -> Series:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ScaleLayout:
     """Where the tokens of each scale stand in a row: the pasts of all scales, then the futures of
     all scales.
 
@@ -95,14 +95,14 @@ class Layout:
     futures: tuple[int, ...]
 
 
-def pack(
+def pack_scales(
     past: Series,
     horizon: int,
     patch: int,
     width: int,
     how: MultiScale,
     is_pad: jax.Array | None = None,
-) -> tuple[Tokens, Layout]:
+) -> tuple[Tokens, ScaleLayout]:
     """Tokens of a forecast at every scale, see `packed.pack`, and where they stand."""
     pasts, futures = [], []
     steps: list[tuple[int, int]] = []
@@ -125,7 +125,7 @@ def pack(
     return tokens, _layout(how, n_variates, steps)
 
 
-def _layout(how: MultiScale, n_variates: int, steps: Sequence[tuple[int, int]]) -> Layout:
+def _layout(how: MultiScale, n_variates: int, steps: Sequence[tuple[int, int]]) -> ScaleLayout:
     """Where tokens stand; steps: of each scale the tokens of one variate's past and future."""
     places: list[np.ndarray] = []
     parents: list[np.ndarray] = []
@@ -144,10 +144,10 @@ def _layout(how: MultiScale, n_variates: int, steps: Sequence[tuple[int, int]]) 
         parents.append(
             np.concatenate([of_past.ravel(), n_variates * coarse_past + of_future.ravel()])
         )
-    return Layout(how, tuple(places), tuple(parents), int(sum(sizes)), tuple(futures))
+    return ScaleLayout(how, tuple(places), tuple(parents), int(sum(sizes)), tuple(futures))
 
 
-def scale_of(tokens: Tokens) -> jax.Array:
+def scale_index(tokens: Tokens) -> jax.Array:
     """[B, N]: which scale a token is of; padding counts as of the finest."""
     return jnp.maximum(tokens.sample_id - 1, 0)
 
@@ -203,7 +203,7 @@ class CrossScale(nn.Module):
     how: MultiScale
 
     @nn.compact
-    def __call__(self, x_BND, real_BN, layout: Layout):
+    def __call__(self, x_BND, real_BN, layout: ScaleLayout):
         n, d = self.how.further, x_BND.shape[-1]
 
         def passage(name):

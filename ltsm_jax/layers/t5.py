@@ -359,9 +359,9 @@ class Stack(nn.Module):
       memory_mask: [B', M].
       train: with dropout.
       cache, start: for a decoder that goes token by token: x are the N tokens from position `start`
-        on, whose keys and values are written there. The first call has a cache of `empty_cache` and
-        the memory; the later ones find the memory's keys and values in the cache and need no
-        memory, but its mask.
+        on, whose keys and values are written there. The first call has a cache of
+        `empty_decoder_cache` and the memory; the later ones find the memory's keys and values in
+        the cache and need no memory, but its mask.
     Returns: (y, taps, cache). taps: "norm", and for each layer "layer_0" (its output) and
       "layer_0/" + norm1, attn (the sub-layer's output), after_attn (added to the stream), norm2,
       ffn; a decoder has cross and after_cross too, and norm3 before ffn. cache: the new one, None
@@ -444,7 +444,7 @@ class Stack(nn.Module):
         return drop(taps["norm"]), taps, new if cache else None
 
 
-def empty_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> Cache:
+def empty_decoder_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> Cache:
     """The cache with which a decoder starts: room for `length` tokens in each of `rows` rows."""
     cache = {}
     for i, dims in enumerate(cfg.layers):

@@ -30,8 +30,8 @@ import numpy as np
 
 from ltsm_jax import curvature, hosts, training, trees
 from ltsm_jax.landscape import SplitLoss, split_loss
-from ltsm_jax.layers.masks import merge, place
-from ltsm_jax.methods.run import FORECASTING, Result, run
+from ltsm_jax.layers.masks import apply_masks, place
+from ltsm_jax.methods.run import FORECASTING, RunResult, run
 from ltsm_jax.methods.starts import Interpolated, groups_of, layer_of, other_side, start_params
 from ltsm_jax.methods.strategies import MIXED, Strategy, strategy
 from ltsm_jax.models import Model
@@ -39,8 +39,8 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Loss, Source, Task
 from ltsm_jax.tasks.forecasting import Forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig, progress
+from ltsm_jax.trees import Params
 
-Params = Any
 By = Literal["grid", "groups", "layers", "learned"]
 GRID = (0.5, 0.7, 0.9, 1.0)
 SAMPLE = 256  # windows of the losses that curvature and gradients are taken of
@@ -72,8 +72,8 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """Result of `choose`; print it for a table.
+class AlphaChoice:
+    """Result of `choose_alpha`; print it for a table.
 
     Attributes:
       strategy: the start with the lowest score.
@@ -88,7 +88,7 @@ class Choice:
     by: By
     selects: str
     trials: tuple[Trial, ...]
-    result: Result | None = None
+    result: RunResult | None = None
     steps: tuple[dict[str, float], ...] = ()
 
     @property
@@ -139,7 +139,7 @@ def describe(alpha: float, alphas: Mapping[str, float]) -> str:
     )
 
 
-def choose(
+def choose_alpha(
     model: Model,
     params: Params,
     data: Any,
@@ -158,7 +158,7 @@ def choose(
     inner_steps: int = 8,
     folder: str | Path | None = None,
     show_progress: bool = True,
-) -> Choice:
+) -> AlphaChoice:
     """Choose the alpha of a method that mixes, or one for each group or layer, on the validation
     part.
 
@@ -177,26 +177,23 @@ def choose(
     Returns: the winner, with a table of what was tried. Of equal scores the first wins.
     Raises: ValueError for other names or alphas outside [0, 1]; `NonFiniteError` where every
     training failed.
-    Example: `print(choose(model, params, splits, by="groups", epochs=1))`
+    Example: `print(choose_alpha(model, params, splits, by="groups", epochs=1))`
     """
-    if by not in get_args(By):
-        raise ValueError(f"by must be one of {', '.join(get_args(By))}; got {by!r}")
-    require_mixing(method)
-    if not grid:
-        raise ValueError("the grid of alphas is empty")
-    if epochs is not None and epochs < 0:
-        raise ValueError(
-            f"epochs must be 0 or more, or None for those of the configuration; got {epochs}"
-        )
-    if by in ("layers", "learned") and not isinstance(task, Forecasting):
-        raise ValueError(
-            f"by={by!r} takes derivatives of the error of a forecast: it is for forecasting alone"
-        )
-
+    _check_choice(by, method, grid, epochs=epochs, task=task)
     placement = Placement.of(params)
     masks = None if masks is None else place(masks, params, placement)
     scorer = _Scorer(
-        model, params, data, task, seed, config, epochs, masks, folder, show_progress, placement
+        model=model,
+        params=params,
+        data=data,
+        task=task,
+        seed=seed,
+        config=config,
+        epochs=epochs,
+        masks=masks,
+        folder=folder,
+        show_progress=show_progress,
+        placement=placement,
     )
     if by == "groups":
         return _by_groups(scorer, strategy(method, alpha=alpha), tuple(grid))
@@ -219,7 +216,7 @@ def choose(
             model,
             params,
             data,
-            begin,
+            begin=begin,
             task=task,
             seed=seed,
             outer_steps=outer_steps,
@@ -230,6 +227,25 @@ def choose(
         with progress.part(number, len(wanted)):
             scorer.score(candidate)
     return scorer.choice(by, steps)
+
+
+def _check_choice(
+    by: str, method: str, grid: Sequence[float], *, epochs: int | None, task: Task
+) -> None:
+    """Raises: ValueError for arguments of `choose_alpha` that do not work."""
+    if by not in get_args(By):
+        raise ValueError(f"by must be one of {', '.join(get_args(By))}; got {by!r}")
+    require_mixing(method)
+    if not grid:
+        raise ValueError("the grid of alphas is empty")
+    if epochs is not None and epochs < 0:
+        raise ValueError(
+            f"epochs must be 0 or more, or None for those of the configuration; got {epochs}"
+        )
+    if by in ("layers", "learned") and not isinstance(task, Forecasting):
+        raise ValueError(
+            f"by={by!r} takes derivatives of the error of a forecast: it is for forecasting alone"
+        )
 
 
 def require_mixing(method: str) -> None:
@@ -276,7 +292,7 @@ class _Scorer:
         self.show_progress = show_progress
         self.trials: dict[Strategy, Trial] = {}
         self.best: Strategy | None = None
-        self.result: Result | None = None
+        self.result: RunResult | None = None
 
     def score(self, candidate: Strategy) -> float:
         """Score a start, once."""
@@ -291,7 +307,14 @@ class _Scorer:
                 score, trained = float(result.val[self.task.selects]), result.epochs
             except NonFiniteError as err:
                 score, note = math.inf, str(err).splitlines()[0]
-        trial = Trial(candidate, score, start, trained, round(time.monotonic() - began, 3), note)
+        trial = Trial(
+            strategy=candidate,
+            score=score,
+            start=start,
+            epochs=trained,
+            seconds=round(time.monotonic() - began, 3),
+            note=note,
+        )
         self.trials[candidate] = trial
         # One tuned model is kept, of the best so far.
         if self.best is None or score < self.trials[self.best].score:
@@ -300,16 +323,18 @@ class _Scorer:
 
     def at_start(self, candidate: Strategy) -> float:
         """Validation metric before the first step."""
-        begin = start_params(candidate, self.model, self.params, training.keys(self.seed)["aux"])
+        begin = start_params(
+            candidate, self.model, self.params, aux_key=training.keys(self.seed)["aux"]
+        )
         if self.masks is not None:
-            begin = merge(begin, self.masks, self.placement)
+            begin = apply_masks(begin, self.masks, self.placement)
         return float(
             self.task.evaluate(self.model, begin, self.data, "val", self.placement)[
                 self.task.selects
             ]
         )
 
-    def train(self, candidate: Strategy) -> Result:
+    def train(self, candidate: Strategy) -> RunResult:
         """Run a strategy for as long as a score takes."""
         start = candidate.start
         assert isinstance(start, Interpolated)
@@ -324,7 +349,7 @@ class _Scorer:
             self.model,
             self.params,
             candidate,
-            self.data,
+            data=self.data,
             task=self.task,
             seed=self.seed,
             config=config,
@@ -335,17 +360,24 @@ class _Scorer:
             show_progress=self.show_progress,
         )
 
-    def choice(self, by: By, steps: tuple[dict[str, float], ...] = ()) -> Choice:
+    def choice(self, by: By, steps: tuple[dict[str, float], ...] = ()) -> AlphaChoice:
         """Put the winner and all trials together."""
         tried = tuple(self.trials.values())
         if all(math.isinf(trial.score) for trial in tried):
             raise NonFiniteError(f"training failed at every alpha that was tried: {tried[0].note}")
         assert self.best is not None
         kept = self.result if self.epochs is None else None
-        return Choice(self.best, by, self.task.selects, tried, kept, steps)
+        return AlphaChoice(
+            strategy=self.best,
+            by=by,
+            selects=self.task.selects,
+            trials=tried,
+            result=kept,
+            steps=steps,
+        )
 
 
-def _by_groups(scorer: _Scorer, base: Strategy, grid: tuple[float, ...]) -> Choice:
+def _by_groups(scorer: _Scorer, base: Strategy, grid: tuple[float, ...]) -> AlphaChoice:
     """Coordinate search: one group after the other takes the alpha with the lowest score."""
     start = base.start
     assert isinstance(start, Interpolated), "checked"
@@ -404,7 +436,7 @@ def layer_sharpness(
         model, data.train, sample=sample, task=task or Forecasting(), placement=Placement.of(params)
     )
     return _sharpness_by_place(
-        loss, params, places_of(model, params), jax.random.key(seed), samples
+        loss, params, places_of(model, params), key=jax.random.key(seed), samples=samples
     )
 
 
@@ -512,7 +544,7 @@ def learn(
     start = begin.start
     if not isinstance(start, Interpolated):
         raise ValueError(f"{begin.name} mixes nothing: there is no alpha to learn")
-    other = other_side(start, model, params, keys["aux"])
+    other = other_side(start, model, params, aux_key=keys["aux"])
     windows = task.windows(model, data).over(placement.mesh)
     validation = split_loss(model, data.val, sample=sample, task=task, placement=placement)
     mixing = _Mixing(groups_of(model, params), start)
@@ -552,7 +584,7 @@ def learn(
 
 
 class _Mixing:
-    """Which alpha each leaf has: static under jit."""
+    """Index of each leaf's alpha: static under jit."""
 
     def __init__(self, group_of: Mapping[str, str], start: Interpolated):
         free = {path: group for path, group in group_of.items() if group not in start.keep}

@@ -13,12 +13,12 @@ from ltsm_jax.layers.missing import interpolate_missing
 from ltsm_jax.tasks.forecasting import Errors
 
 
-def available() -> bool:
-    """Whether statsforecast is installed."""
+def is_installed() -> bool:
+    """Return whether statsforecast is installed."""
     return importlib.util.find_spec("statsforecast") is not None
 
 
-def forecast(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
+def ets_forecast(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
     """Forecasts [W, H] of contexts [W, L], NaN = missing; those with too few values repeat the last
     one.
     """
@@ -39,12 +39,12 @@ def forecast(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
     return np.where(np.isfinite(found), found, contexts[:, -1:])
 
 
-def errors(windows: Windows, indices: np.ndarray, season: int) -> Errors:
+def ets_errors(windows: Windows, indices: np.ndarray, season: int) -> Errors:
     """Errors of the windows numbered `indices`, as `tasks.forecasting.errors` gives them."""
     batch = windows.gather(jnp.asarray(indices))
     context, target = (np.asarray(batch[name], np.float64) for name in ("context", "target"))
     w, c, horizon = target.shape
-    point = forecast(context.reshape(w * c, -1), horizon, season).reshape(target.shape)
+    point = ets_forecast(context.reshape(w * c, -1), horizon, season).reshape(target.shape)
 
     observed = ~np.isnan(target)
     gap = np.where(observed, point - target, 0.0)

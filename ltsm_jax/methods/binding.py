@@ -20,9 +20,9 @@ from ltsm_jax.data import Borders, DataError, Series, Splits, borders_of, prepar
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.models import Model, folders
-from ltsm_jax.tasks.forecasting import LOSS, MODES, Forecasting, Mode, loss_fn
+from ltsm_jax.tasks.forecasting import MODES, Forecasting, Mode, loss_fn
+from ltsm_jax.trees import Params
 
-Params = Any
 Data = str | Path | pd.DataFrame | Series
 SHORTEST_VAL = (
     0.1  # share of the rows that validation keeps where a series is too short for 70/10/20
@@ -75,7 +75,7 @@ def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tu
         freq=series.model_freq or series.freq,
         key=training.keys(seed)["init"],
     )
-    return model, sharding.together(params)
+    return model, sharding.colocate(params)
 
 
 def drawn(before: Params, after: Params) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def drawn(before: Params, after: Params) -> tuple[str, ...]:
 
 def check_params(model: Model, params: Params) -> None:
     """Raises: ValueError, in one line, where `params` are those of another model."""
-    own = {path: leaf.shape for path, leaf in trees.flatten(folders.shapes(model)).items()}
+    own = {path: leaf.shape for path, leaf in trees.flatten(folders.param_shapes(model)).items()}
     given = {path: jnp.shape(leaf) for path, leaf in trees.flatten(params).items()}
     odd = sorted(path for path in own.keys() | given.keys() if own.get(path) != given.get(path))
     if odd:
@@ -104,11 +104,11 @@ def check_params(model: Model, params: Params) -> None:
 
 
 def default_mode(model: Model) -> Mode:
-    """The mode of the model's recipe."""
-    return "ims" if model.recipe().loss == "own" else "direct"
+    """Return the mode of the model's recipe."""
+    return model.recipe().mode
 
 
-def whole(value: Any, name: str) -> int:
+def positive_int(value: Any, name: str) -> int:
     """A whole number of at least 1, as Python's int.
 
     Raises: ValueError for anything else, 4.0 and True included.
@@ -125,15 +125,15 @@ def whole(value: Any, name: str) -> int:
 def takes(
     model: Model, params: Params, mode: Mode, context_len: int, horizon: int, n_variates: int
 ) -> bool:
-    """Whether training in `mode` takes windows of this context, for forecasts of
-    `horizon` steps.
+    """Return whether training in `mode` takes windows of this context, for forecasts of `horizon`
+    steps.
     """
     c = n_variates if model.variates == "joint" else 1
     batch = {
         "context": jax.ShapeDtypeStruct((1, c, context_len), jnp.float32),
         "target": jax.ShapeDtypeStruct((1, c, target_len(model, mode, horizon)), jnp.float32),
     }
-    loss = loss_fn(model, LOSS[mode])
+    loss = loss_fn(model, mode)
     try:
         jax.eval_shape(lambda p, b: loss(p, b, jax.random.key(0), True), params, batch)
     except (ValueError, TypeError):
@@ -153,12 +153,13 @@ def shorter_contexts(longest: int, usual: int, room: int, horizon: int) -> list[
     A long context is good, and so is more than one window; as many as a forecast has steps are
     enough. room: rows of training beside one target.
     """
-    units = {d for d in range(1, usual + 1) if usual % d == 0} | {2**i for i in range(11)}
+    units = {d for d in range(1, usual + 1) if usual % d == 0}
+    units |= {2**i for i in range(11)}
     found = set()
     for end in (longest, room - horizon + 1):
-        found |= {end // unit * unit for unit in units if unit <= end} | {
-            unit for unit in units if unit <= end
-        }
+        fitting = [unit for unit in units if unit <= end]
+        found.update(fitting)
+        found.update(end // unit * unit for unit in fitting)
 
     def worth(length: int) -> int:
         return length * min(room - length + 1, horizon)
@@ -222,15 +223,22 @@ def _ways(
                 lengths = [context_len] if context_len <= room else []
             else:
                 lengths = [usual] if usual <= room else []
-                lengths += shorter_contexts(min(room, usual), usual, room, horizon)
+                lengths += shorter_contexts(min(room, usual), usual, room, horizon=horizon)
             for length in lengths:
-                if takes(model, params, which, length, horizon, series.n_variates):
+                if takes(
+                    model,
+                    params,
+                    which,
+                    context_len=length,
+                    horizon=horizon,
+                    n_variates=series.n_variates,
+                ):
                     if length != usual and context_len is None:
                         notes.append(
                             f"context of {length} rows instead of {usual}: the series has "
                             f"{series.n_rows}"
                         )
-                    yield _Cut(parts, length, which, tuple(notes))
+                    yield _Cut(borders=parts, context_len=length, mode=which, notes=tuple(notes))
                     break
 
 
@@ -244,7 +252,7 @@ def what_fits(
     usual = borders_of(series.benchmark, series.n_rows)
     asked = horizon
     while horizon >= 1:
-        for way in _ways(model, params, series, horizon, None, None):
+        for way in _ways(model, params, series, horizon=horizon, context_len=None, mode=None):
             if usual_borders and way.borders != usual:
                 continue
             shorter = f"horizon={horizon}, " if horizon != asked else ""
@@ -275,7 +283,7 @@ def cut_windows(
 
     Raises: DataError for a series that is too short, with what would fit.
     """
-    for way in _ways(model, params, series, horizon, context_len, mode):
+    for way in _ways(model, params, series, horizon=horizon, context_len=context_len, mode=mode):
         splits = prepare(
             series,
             way.context_len,
@@ -292,7 +300,7 @@ def cut_windows(
         asked += f", mode {mode!r}"
     raise DataError(
         f"{series.name} ({series.n_rows} rows): no window to train a {model.family} model on with "
-        f"{asked}. " + what_fits(model, params, series, horizon)
+        f"{asked}. " + what_fits(model, params, series, horizon=horizon)
     )
 
 
@@ -332,12 +340,17 @@ def bind(
             raise ValueError(
                 f"{', '.join(given)}: Splits are cut already; give these to data.prepare instead"
             )
-        return Bound(model, params, data, Forecasting(mode or default_mode(model), "context"))
+        return Bound(
+            model=model,
+            params=params,
+            splits=data,
+            task=Forecasting(mode or default_mode(model), "context"),
+        )
     recipe = model.recipe()
-    horizon = recipe.horizon if horizon is None else whole(horizon, "horizon")
-    context_len = None if context_len is None else whole(context_len, "context_len")
+    horizon = recipe.horizon if horizon is None else positive_int(horizon, "horizon")
+    context_len = None if context_len is None else positive_int(context_len, "context_len")
     series = as_series(data, options)
-    model, params = ready_for(model, params, series, seed)
+    model, params = ready_for(model, params, series, seed=seed)
     splits, mode = cut_windows(
         model,
         params,
@@ -347,7 +360,7 @@ def bind(
         mode=mode,
         few_shot=few_shot,
     )
-    return Bound(model, params, splits, Forecasting(mode, "context"))
+    return Bound(model=model, params=params, splits=splits, task=Forecasting(mode, "context"))
 
 
 def train_config(model: Model, **changes: Any) -> training.TrainConfig:

@@ -119,14 +119,21 @@ def bootstrap_difference(
         widen = _small_sample(len(numbers))
         if name == "blocks":
             widen *= _tied(totals / steps, numbers)
-        low, high = _percentiles(totals, steps, seed, resamples)
+        low, high = _percentiles(totals, steps, seed, resamples=resamples)
         found[name] = mean + widen * min(low - mean, 0.0), mean + widen * max(high - mean, 0.0)
 
     low, high, units = float("nan"), float("nan"), ""
     if found:
         units = max(found, key=lambda name: found[name][1] - found[name][0])
         low, high = found[units]
-    return Difference(mean, float(low), float(high), units, counts["blocks"], counts["items"])
+    return Difference(
+        mean=mean,
+        low=float(low),
+        high=float(high),
+        units=units,
+        blocks=counts["blocks"],
+        items=counts["items"],
+    )
 
 
 def _percentiles(
@@ -145,14 +152,14 @@ def _percentiles(
 
 
 def _small_sample(n: int) -> float:
-    """How much wider an interval of `n` units has to be than its percentiles say."""
+    """Factor by which an interval of `n` units has to be wider than its percentiles."""
     from scipy.special import stdtrit  # of a dependency of JAX
 
     return float(stdtrit(n - 1, 0.975)) / 1.96 * (n / (n - 1)) ** 0.5
 
 
 def _tied(means: np.ndarray, numbers: np.ndarray) -> float:
-    """How much wider an interval has to be because neighbouring blocks are alike."""
+    """Factor by which an interval has to be wider because neighbouring blocks are correlated."""
     centred = means - means.mean()
     next_to = np.diff(numbers) == 1
     variance = np.square(centred).mean()

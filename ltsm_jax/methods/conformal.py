@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ltsm_jax.data.panel import Panel
-from ltsm_jax.tasks.panels import Found, Origins
+from ltsm_jax.tasks.panels import Origins, PanelForecast
 
 # Levels of the grid; those between are interpolated.
 GRID = (
@@ -59,7 +59,7 @@ class Calibration:
         return self.offsets.shape[1]
 
     def fits(self, horizon: int, n_targets: int) -> bool:
-        """Whether it says something of `horizon` steps of `n_targets` targets."""
+        """Return whether it says something of `horizon` steps of `n_targets` targets."""
         return horizon <= self.horizon and len(self.offsets) in (1, n_targets)
 
     @classmethod
@@ -88,7 +88,9 @@ class Calibration:
         return cls(offsets, counts, apart, source)
 
     @classmethod
-    def measured(cls, panel: Panel, origins: Origins, found: Found, source: str) -> "Calibration":
+    def measured(
+        cls, panel: Panel, origins: Origins, found: PanelForecast, source: str
+    ) -> "Calibration":
         """From forecasts of a panel's own past.
 
         found: of `origins`, with units.
@@ -104,7 +106,7 @@ class Calibration:
         told = f"{source} of {items} items" if items > 1 else source
         return cls.of((true - found.point) / unit[..., None], _apart(origins, horizon), told)
 
-    def quantiles(self, found: Found, levels: Sequence[float]) -> np.ndarray:
+    def quantiles(self, found: PanelForecast, levels: Sequence[float]) -> np.ndarray:
         """Quantiles [M, C, H, W] around a forecast at `levels`; rising where the levels are."""
         offsets = self.at(found.point.shape[-1], levels)
         return found.point[..., None] + found.unit[..., None, None] * offsets[None]

@@ -138,7 +138,11 @@ class Verdict:
         for found in self.candidates:
             scores = []
             for part in (found.val, found.test):
-                scores += ["-", "-"] if part is None else [number(part["mse"]), number(part["mae"])]
+                scores += (
+                    ["-", "-"]
+                    if part is None
+                    else [four_digits(part["mse"]), four_digits(part["mae"])]
+                )
             epochs = str(found.epochs) if found.epochs else ""
             rows.append([found.name, *scores, epochs, f"{found.seconds:.1f}"])
         return header, rows
@@ -230,7 +234,7 @@ class Verdict:
             raise ValueError(f"this is no verdict: {type(err).__name__} {err}") from err
 
 
-def number(x: float) -> str:
+def four_digits(x: float) -> str:
     """An error with four decimals, a large or tiny one with four digits."""
     return f"{x:.4f}" if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.3e}"
 
@@ -286,7 +290,7 @@ def decide(
     beats_naive = over_naive is None or over_naive.high < 0
 
     if tuned and gain and gained and beats_naive:
-        return tuned, _for_tuned(tuned, naive, gain, over_naive)
+        return tuned, _for_tuned(tuned, naive, gain, over_naive=over_naive)
     if naive is None or zero is None:
         return ZERO_SHOT, f"Deploy {title(ZERO_SHOT)} as it is: {_tuning(tuned, gain)}."
     if zero.low > 0:
@@ -366,8 +370,8 @@ def _worse_on_validation(val: Mapping[str, float], name: str) -> str:
     if val[name] <= val[ZERO_SHOT]:
         return ""
     return (
-        f"; on validation it did worse than the checkpoint (MSE {number(val[name])}, not "
-        f"{number(val[ZERO_SHOT])})"
+        f"; on validation it did worse than the checkpoint (MSE {four_digits(val[name])}, not "
+        f"{four_digits(val[ZERO_SHOT])})"
     )
 
 

@@ -41,7 +41,7 @@ def beside(
       trainable; the loss of such a tree; the function that makes plain weights of it.
     Raises: ValueError, as `adapters`.
     """
-    tree = {"weights": params, "adapters": adapters(model, params, config.rank, key)}
+    tree = {"weights": params, "adapters": adapters(model, params, config.rank, key=key)}
     trainable = {
         name: jax.tree.map(lambda _, own=name == "adapters": own, part)
         for name, part in tree.items()
@@ -51,12 +51,12 @@ def beside(
         tree,
         trainable,
         adapted,
-        lambda tree: merge(tree["weights"], tree["adapters"], config.scale),
+        lambda tree: merge_adapters(tree["weights"], tree["adapters"], config.scale),
     )
 
 
 def _adapted_loss(loss, scale, tree, batch, key, train):
-    return loss(merge(tree["weights"], tree["adapters"], scale), batch, key, train)
+    return loss(merge_adapters(tree["weights"], tree["adapters"], scale), batch, key, train)
 
 
 def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
@@ -72,11 +72,11 @@ def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
     routers = channels.routers(model.init, jax.random.key(0))
     fixed = trees.flatten(trees.select(params, model.fixed)) if model.fixed else {}
     ones = jax.tree.map(
-        lambda x: jnp.ones(x.shape, x.dtype), channels.shapes(model.init, jax.random.key(0))
+        lambda x: jnp.ones(x.shape, x.dtype), channels.mask_shapes(model.init, jax.random.key(0))
     )
     placement = Placement.of(params)
     placed, mesh, found = channels.place(ones, params, placement), placement.mesh, {}
-    for i, (leaf, (m_in, m_out)) in enumerate(channels.weights(params, placed).items()):
+    for i, (leaf, (m_in, m_out)) in enumerate(channels.masks_by_weight(params, placed).items()):
         path, stack = (
             leaf.removesuffix("/kernel"),
             int(not leaf.endswith("/kernel")),
@@ -98,7 +98,7 @@ def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
 
 
 @jax.jit
-def merge(params: Tree, adapters: Tree, scale: Any) -> Tree:
+def merge_adapters(params: Tree, adapters: Tree, scale: Any) -> Tree:
     """`params` with scale * A B added to every weight that has an adapter; a tree like `params`.
     Works under grad.
     """

@@ -17,8 +17,8 @@ from ltsm_jax import trees
 from ltsm_jax.methods.starts import Interpolated
 from ltsm_jax.models import parts
 from ltsm_jax.models.family import Batch, Lora, Model
+from ltsm_jax.trees import Params
 
-Params = Any
 Loss = Callable[..., jax.Array]
 Trainable = Literal["all", "head", "norms", "last", "scales", "recipe"]
 
@@ -49,7 +49,7 @@ class Phase:
       layers: how many, of "last".
       anchor: weight of the distance to the checkpoint's forecasts, see `anchor_distance`; 0 for
         none.
-      mixout: probability that a weight is replaced by that of the start, see `mixout`; 0 for none.
+      mixout: probability that a weight is replaced by that of the start, see `mix_out`; 0 for none.
       mix: mix the weights that the phase begins with, as the start of a strategy mixes the
         checkpoint; None: as they are. The other side is that of the strategy's start at the same
         seed.
@@ -105,7 +105,7 @@ def trainable_mask(phase: Phase, model: Model, params: Params) -> Params | None:
     """
     pattern: trees.Patterns = {
         "all": None,
-        "head": model.head,
+        "head": model.head_leaves,
         "norms": model.norms,
         "last": _last_layers(phase.layers, model, params) if phase.trainable == "last" else None,
         "scales": model.scalable,
@@ -126,7 +126,7 @@ def _last_layers(count: int, model: Model, params: Params) -> Callable[[str], bo
     last: tuple[str, ...] = ()
     for stack in parts.stacks(model, trees.flatten(params)):
         last += tuple(f"{layer}/" for layer in stack[-count:])
-    head = trees.flatten(trees.select(params, model.head))
+    head = trees.flatten(trees.select(params, model.head_leaves))
 
     def chosen(path: str) -> bool:
         return head[path] or path.startswith(last)
@@ -144,7 +144,7 @@ def l2_sp_penalty(reference: Params, weight: float, params: Params) -> jax.Array
 # losses around a loss: arrays they carry reach the compiled step as arguments, not as constants
 
 
-def anchored(loss: Loss, model: Model, checkpoint: Params, weight: float) -> Loss:
+def with_anchor(loss: Loss, model: Model, checkpoint: Params, weight: float) -> Loss:
     """Make `loss + weight * anchor_distance(...)`, with `checkpoint` frozen."""
     return jax.tree_util.Partial(
         _anchored_loss(model), jax.tree_util.Partial(loss), checkpoint, weight
@@ -157,7 +157,7 @@ def _anchored_loss(model: Model) -> Loss:
     # function.
     def anchored_loss(loss, checkpoint, weight, params, batch, key, train):
         return loss(params, batch, key, train) + weight * anchor_distance(
-            model, params, checkpoint, batch
+            model, params, checkpoint, batch=batch
         )
 
     return anchored_loss
@@ -191,8 +191,8 @@ def anchor_distance(model: Model, params: Params, checkpoint: Params, batch: Bat
 
 
 def mixed_out(loss: Loss, reference: Params, probability: float) -> Loss:
-    """Make `loss` at `mixout(params, reference, probability)` in training, each step with a draw of
-    its own.
+    """Make `loss` at `mix_out(params, reference, probability)` in training, each step with a draw
+    of its own.
     """
     return jax.tree_util.Partial(
         _mixed_out_loss, jax.tree_util.Partial(loss), reference, probability
@@ -201,11 +201,11 @@ def mixed_out(loss: Loss, reference: Params, probability: float) -> Loss:
 
 def _mixed_out_loss(loss, reference, probability, params, batch, key, train):
     if train:
-        params = mixout(params, reference, probability, jax.random.fold_in(key, MIXOUT))
+        params = mix_out(params, reference, probability, key=jax.random.fold_in(key, MIXOUT))
     return loss(params, batch, key, train)
 
 
-def mixout(params: Params, reference: Params, probability: Any, key: jax.Array) -> Params:
+def mix_out(params: Params, reference: Params, probability: Any, key: jax.Array) -> Params:
     """Replace each weight w by u, that of `reference`, with probability p, and rescale so that the
     mean stays w.
 

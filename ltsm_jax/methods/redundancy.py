@@ -29,8 +29,8 @@ from ltsm_jax.models.parts import places
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import progress
+from ltsm_jax.trees import Params
 
-Params = Any
 SPARSE = 0.05  # a head whose share of the stream is not larger does nothing for that token
 LAYER = re.compile(r"(.*?(?:(?:block_\d+_)?layer|block)_\d+)/(.+)")
 MATRICES = ("q", "k", "v", "qkv", "out", "gate", "up", "down")  # in the order of the heat map
@@ -38,7 +38,7 @@ MATRICES = ("q", "k", "v", "qkv", "out", "gate", "up", "down")  # in the order o
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Of one attention, means over tokens.
+    """Statistics of the heads of one attention, means over tokens.
 
     linear: path of the output projection.
     contribution: [H] of ||W_out^h y_h|| / ||x||, y_h the head's output before the output
@@ -55,9 +55,9 @@ class Heads:
 
 
 @dataclasses.dataclass(frozen=True)
-class Units:
-    """Of one feed-forward network, means over tokens of a, the input of its last linear, whose path
-    is `linear`.
+class UnitActivity:
+    """Activity of the units of one feed-forward network: means over tokens of a, the input of its
+    last linear, whose path is `linear`.
 
     active: [F] share of tokens with a > 0. That is sparsity where the activation is ReLU; under
       GELU and gated activations only the share of positive values. size: [F] of |a|.
@@ -75,7 +75,7 @@ class Redundancy:
     """
 
     heads: dict[str, Heads]
-    units: dict[str, Units]
+    units: dict[str, UnitActivity]
     tokens: dict[str, int]
 
 
@@ -127,10 +127,13 @@ def measure(
         tokens[path], linear = int(total[path]["tokens"]), f"{path}/{group.takes[0]}"
         if group.kind == "heads":
             heads[path] = Heads(
-                linear, mean["contribution"], float(mean["attention"]), mean["sparse"]
+                linear=linear,
+                contribution=mean["contribution"],
+                attention=float(mean["attention"]),
+                sparse=mean["sparse"],
             )
         else:
-            units[path] = Units(linear, mean["active"], mean["size"])
+            units[path] = UnitActivity(linear, mean["active"], mean["size"])
     return Redundancy(heads, units, tokens)
 
 
@@ -167,7 +170,7 @@ def _sums(
     inside = {path: f"{path}/{group.takes[0]}" for path, group in groups}
     layers = {path: path.rpartition("/")[0] for path, group in groups if group.kind == "heads"}
     with rows_over(split.mesh), taps.arguments_of({*inside.values(), *layers.values()}) as seen:
-        forecasting.loss_fn(model, forecasting.LOSS[mode])(params, batch, None, False)
+        forecasting.loss_fn(model, mode)(params, batch, None, False)
     flat, found = trees.flatten(params), {}
     for path, group in groups:
         calls = [args[0] for args in seen[inside[path]]]
@@ -177,7 +180,8 @@ def _sums(
             kernel, bias = (flat.get(f"{inside[path]}/{name}") for name in ("kernel", "bias"))
             streams = [_stream(args[0], group.swapped) for args in seen[layers[path]]]
             sums = [
-                _of_heads(y, x_TD, kernel, bias) for y, x_TD in zip(calls, streams, strict=True)
+                _of_heads(y, x_TD, kernel, bias_D=bias)
+                for y, x_TD in zip(calls, streams, strict=True)
             ]
         else:
             sums = [_of_units(a) for a in calls]

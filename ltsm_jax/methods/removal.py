@@ -37,14 +37,14 @@ import numpy as np
 
 from ltsm_jax import sharding, trees
 from ltsm_jax.layers.dims import HeadDims
-from ltsm_jax.layers.masks import merge, weights
+from ltsm_jax.layers.masks import apply_masks, masks_by_weight
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import Kept, Place, pad, places, without
 from ltsm_jax.sharding import Placement
+from ltsm_jax.trees import Params
 
 __all__ = ["pad", "remove"]
 
-Params = Any
 Masks = Any
 
 
@@ -55,8 +55,8 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
       model, params: whole; the parameters need not be merged with the masks.
       masks: of 0 and 1, see `pruning.full_masks`; linears without a mask count as whole.
     Returns: (model, params, masks): a model of the same class with a smaller config, its merged
-      parameters, which compute what `merge(params, masks)` computes in `model`, and the masks of
-      what is left, with which `methods.run.run(..., masks=masks)` keeps the remaining zeros at
+      parameters, which compute what `apply_masks(params, masks)` computes in `model`, and the masks
+      of what is left, with which `methods.run.run(..., masks=masks)` keeps the remaining zeros at
       zero. Nothing dead: the model itself, merged. The parameters lie where they lay, over a mesh
       by the family's rules.
     Raises: ValueError for masks that do not fit the parameters, or hold anything but 0 and 1.
@@ -69,7 +69,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
     if odd:
         paths = ", ".join(odd)
         raise ValueError(f"masks to remove by hold 0 and 1; these hold other values: {paths}")
-    weights(params, masks)  # refuses masks of another model before they are used
+    masks_by_weight(params, masks)  # refuses masks of another model before they are used
 
     flat, mesh = trees.flatten(params), Placement.of(params).mesh
     kept = []
@@ -83,7 +83,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
 
     # A mesh splits axes of certain lengths only; on the host any length can be cut.
     whole = params if mesh is None else jax.tree.map(sharding.on_host, params)
-    small, fewer, rest = without(model, merge(whole, spread), kept, spread)
+    small, fewer, rest = without(model, apply_masks(whole, spread), kept, spread)
     return small, sharding.shard(fewer, small.shard_rules, mesh)[0], rest
 
 

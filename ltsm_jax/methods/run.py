@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from ltsm_jax import storage, training, trees
-from ltsm_jax.layers.masks import merge, place
+from ltsm_jax.layers.masks import apply_masks, place
 from ltsm_jax.methods import lora, tracking
 from ltsm_jax.methods.binding import model_facts
-from ltsm_jax.methods.phases import Phase, anchored, l2_sp_penalty, mixed_out, trainable_mask
+from ltsm_jax.methods.phases import Phase, l2_sp_penalty, mixed_out, trainable_mask, with_anchor
 from ltsm_jax.methods.starts import prepared, start_params
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
@@ -22,13 +22,13 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Task
 from ltsm_jax.tasks.forecasting import Forecasting
 from ltsm_jax.training import compiling
+from ltsm_jax.trees import Params
 
-Params = Any
 FORECASTING = Forecasting()
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class RunResult:
     """Result of a run of a strategy.
 
     Attributes:
@@ -84,7 +84,7 @@ def run(
     quirks: Collection[str] = (),
     test_each_epoch: bool = False,
     curvature_at: Collection[int] = (),
-) -> Result:
+) -> RunResult:
     """Fine-tune `model` from `params` by `strategy`, validate after every epoch, score the best
     weights.
 
@@ -112,15 +112,15 @@ def run(
       curvature_at: epochs, counted through all phases, after which the curvature of the task's loss
         is measured, see `tracking.Tracker.measure`: it stands in the history under top_eigenvalue,
           trace and sharpness. 0: of the start,
-        see `Result.start_curvature`. With averages of weights, of the average.
+        see `RunResult.start_curvature`. With averages of weights, of the average.
     Raises: ValueError where model, data, masks and task do not go together, and for an unknown
       quirk; training.NonFiniteError from training.
     """
     running = Running(
-        model,
-        params,
-        strategy,
-        data,
+        model=model,
+        params=params,
+        strategy=strategy,
+        data=data,
         task=task,
         seed=seed,
         config=config,
@@ -173,7 +173,7 @@ class Running:
                 "what is pruned first (remove), and tune the smaller model without masks"
             )
         self.keys = training.keys(seed)
-        model, params = prepared(strategy, model, params, self.keys["aux"])
+        model, params = prepared(strategy, model, params, aux_key=self.keys["aux"])
         self.model, self.strategy, self.data, self.task = model, strategy, data, task
         self.folder, self.show_progress, self.test_each_epoch = (
             folder,
@@ -188,11 +188,11 @@ class Running:
         self.windows = task.windows(model, data)
         self.loss = task.loss(without_dropout(model) if "no-dropout" in quirks else model)
         self.checkpoint = params
-        self.current = start_params(strategy, model, params, self.keys["aux"])
+        self.current = start_params(strategy, model, params, aux_key=self.keys["aux"])
         self.masks = masks
         if masks is not None:
             self.masks = place(masks, self.current, self.placement)
-            self.current = merge(self.current, self.masks, self.placement)
+            self.current = apply_masks(self.current, self.masks, self.placement)
 
         # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that
         # ff sees.
@@ -260,7 +260,7 @@ class Running:
         if (adapters := phase.adapters(self.model)) is not None:
             key = jax.random.fold_in(self.keys["aux"], 2 + i)
             begin, mask, phase_loss, self.whole = lora.beside(
-                self.model, self.current, phase_loss, adapters, key
+                self.model, self.current, phase_loss, config=adapters, key=key
             )
         # Partial: the reference weights reach the compiled step as arguments instead of as
         # constants
@@ -299,7 +299,7 @@ class Running:
         """Give the loss that a phase minimises, a function of weights of the model."""
         loss = self.loss
         if phase.anchor:
-            loss = anchored(loss, self.model, self.checkpoint, phase.anchor)
+            loss = with_anchor(loss, self.model, self.checkpoint, weight=phase.anchor)
         if self.masks is not None:
             loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(loss), self.masks)
         if phase.mixout:
@@ -324,12 +324,12 @@ class Running:
         self.phase += 1
         if not self.trained_out and (mix := self.strategy.phases[self.phase].mix) is not None:
             self.current = start_params(
-                Strategy("mix", mix), self.model, self.current, self.keys["aux"]
+                Strategy("mix", mix), self.model, self.current, aux_key=self.keys["aux"]
             )
         if self.masks is not None:
-            self.current = merge(self.current, self.masks, self.placement)
+            self.current = apply_masks(self.current, self.masks, self.placement)
 
-    def result(self, *, test: bool = True) -> Result:
+    def result(self, *, test: bool = True) -> RunResult:
         """Score the weights that validated best. test: on the test part, too."""
         began = time.monotonic()
         with compiling.measured() as waited:
@@ -348,22 +348,22 @@ class Running:
         if not self.strategy.phases:
             compile_seconds = waited.seconds
             seconds = time.monotonic() - began - compile_seconds
-        return Result(
-            self.strategy,
-            self.model,
-            self.current,
-            val,
-            scores,
-            self.history,
-            self.epochs,
-            self.best_epoch,
-            seconds,
-            self.trained,
-            self.task.warnings(self.model, self.current, self.data, self.placement),
-            compile_seconds,
-            mixes,
-            weight,
-            self.start_curvature,
+        return RunResult(
+            strategy=self.strategy,
+            model=self.model,
+            params=self.current,
+            val=val,
+            test=scores,
+            history=self.history,
+            epochs=self.epochs,
+            best_epoch=self.best_epoch,
+            seconds=seconds,
+            trained=self.trained,
+            warnings=self.task.warnings(self.model, self.current, self.data, self.placement),
+            compile_seconds=compile_seconds,
+            mixes=mixes,
+            weight=weight,
+            start_curvature=self.start_curvature,
         )
 
     def mix(self, val: dict[str, Any]) -> tuple[dict[float, dict[str, Any]], float, dict[str, Any]]:
@@ -376,7 +376,7 @@ class Running:
         """
         checkpoint, tuned = self.checkpoint, self.current
         if self.masks is not None:
-            checkpoint = merge(checkpoint, self.masks, self.placement)
+            checkpoint = apply_masks(checkpoint, self.masks, self.placement)
 
         found: dict[float, dict[str, Any]] = {}
         chosen, lowest = None, math.inf
@@ -398,7 +398,7 @@ class Running:
 
 
 def _masked_loss(loss, masks, params, batch, key, train):
-    return loss(merge(params, masks), batch, key, train)
+    return loss(apply_masks(params, masks), batch, key, train)
 
 
 def itself(params: Params) -> Params:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from ltsm_jax import sharding, trees
 from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models import folders, parts
+from ltsm_jax.trees import Params
 
-Params = Any
 Group = Literal["head", "norms", "embedding", "biases", "body"]
 GROUPS = get_args(Group)
 Other = Literal["random", "noise", "zeros", "sum"]
@@ -117,11 +117,11 @@ def prepared(
     model, params = model.with_scales(
         params, strategy.multiscale, jax.random.fold_in(aux_key, SCALES)
     )
-    return model, sharding.together(params)
+    return model, sharding.colocate(params)
 
 
 def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Array) -> Params:
-    """Parameters a run of `strategy` starts from.
+    """Make the parameters that a run of `strategy` starts from.
 
     The random model is ONE draw, `model.init(aux_key)`, shared by tfs, sff and every new head: that
     is why sff at alpha 0 and tfs agree bit for bit.
@@ -130,10 +130,10 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
       params: the pretrained tree; not modified.
       aux_key: `training.keys(seed)["aux"]`.
     Raises: ValueError where `params` is not a tree of this model, and for an alpha of a layer that
-    it has not got.
+      does not exist.
     """
     start = strategy.start
-    trees.require_same(params, folders.shapes(model), names=("params", "model"))
+    trees.require_same(params, folders.param_shapes(model), names=("params", "model"))
     if isinstance(start, Pretrained) and not strategy.reinit_head:
         return params
     aux = _fresh(model, params, aux_key)
@@ -141,12 +141,12 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
         case Random():
             mixed = aux
         case Interpolated():
-            mixed = _mixed(start, model, params, _other(start, params, aux, aux_key))
+            mixed = _mixed(start, model, params, other=_other(start, params, aux, aux_key=aux_key))
         case _:
             mixed = params
     if not strategy.reinit_head:
         return mixed
-    new = trees.select(params, model.head)
+    new = trees.select(params, model.head_leaves)
     return jax.tree.map(lambda is_new, fresh, old: fresh if is_new else old, new, aux, mixed)
 
 
@@ -162,7 +162,7 @@ def _fresh(model: Any, params: Params, aux_key: jax.Array) -> Params:
 
 def other_side(start: Interpolated, model: Any, params: Params, aux_key: jax.Array) -> Params:
     """The tree that `start` mixes with the pretrained one; arguments as of `start_params`."""
-    return _other(start, params, _fresh(model, params, aux_key), aux_key)
+    return _other(start, params, _fresh(model, params, aux_key), aux_key=aux_key)
 
 
 def _other(start: Interpolated, params: Params, random: Params, aux_key: jax.Array) -> Params:
@@ -217,7 +217,7 @@ def groups_of(model: Any, params: Params) -> dict[str, Group]:
         # The shift of a normalisation is called bias; the scale beside it tells it from that of a
         # linear.
         beside = f"{module}/scale" if module else "scale"
-        if re.search(model.head, path):
+        if re.search(model.head_leaves, path):
             found[path] = "head"
         elif name in ("scale", "scaling") or (name == "bias" and beside in flat):
             found[path] = "norms"
@@ -234,7 +234,8 @@ def layer_of(model: Any, path: str) -> str | None:
     """The layer that a leaf lies in, such as "layer_0" or "encoder/layer_1"; None for what lies
     outside the blocks.
     """
-    return None if re.search(model.head, path) else parts.layer_of(model, path)
+    in_head = re.search(model.head_leaves, path)
+    return None if in_head else parts.layer_of(model, path)
 
 
 def _placed_like(fresh: jax.Array, old: Any) -> jax.Array:

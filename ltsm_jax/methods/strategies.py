@@ -76,7 +76,7 @@ class Strategy:
       wise: after the last phase, mix `w * tuned + (1 - w) * checkpoint` for each of these weights
         w, and keep the mix that validates best; empty: keep the tuned weights.
       multiscale: train with these further scales of the series, see `layers.multiscale`; what comes
-        out is a model with scales, `Result.model`.
+        out is a model with scales, `RunResult.model`.
     Raises: ValueError for weights outside [0, 1].
     """
 
@@ -100,9 +100,7 @@ class Strategy:
         return getattr(self.start, "alpha", None)
 
     def record(self) -> dict[str, Any]:
-        """Give the fields as JSON knows them, without those that an earlier version did not have
-        and nobody has set.
-        """
+        """Return the fields as JSON types, without later additions that are at their defaults."""
         return _recorded(self)
 
 
@@ -154,7 +152,12 @@ def sff(
     Example:
     `sff(0.7, norm="tensor", keep=("head",), alphas={"layer_0": 0.9})`
     """
-    return Strategy("sff", Interpolated(alpha, norm, tuple(keep), tuple((alphas or {}).items())))
+    return Strategy(
+        "sff",
+        Interpolated(
+            alpha=alpha, norm=norm, keep=tuple(keep), alphas=tuple((alphas or {}).items())
+        ),
+    )
 
 
 def sff_norm(alpha: float = 0.7) -> Strategy:
@@ -368,9 +371,9 @@ def msft(scales: int = 2, *, rank: int = 16) -> Strategy:
 
     For encoders over patches that declare `Model.scalable` (Moirai). The finest scale begins at the
     checkpoint's forecasts; those of all scales are mixed, by equal weights at first, which are
-    trained as well. What comes out is a model with further parameters, `Result.model` with
-    `Result.params`: it is saved, loaded and forecasts as any other, and cannot be merged into the
-    original's weights.
+    trained as well. What comes out is a model with further parameters, `RunResult.model` with
+    `RunResult.params`: it is saved, loaded and forecasts as any other, and cannot be merged into
+    the original's weights.
 
     Args:
       scales: beside the series itself. The paper has up to 3 for contexts of thousands of steps.

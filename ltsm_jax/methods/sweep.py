@@ -17,10 +17,10 @@ from typing import Any
 import jax
 
 from ltsm_jax.methods import run
-from ltsm_jax.methods.run import Params, Result, Running
+from ltsm_jax.methods.run import Params, Running, RunResult
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
-from ltsm_jax.stacks import Over, Stack
+from ltsm_jax.stacks import Over, TreeStack
 from ltsm_jax.tasks.base import Task
 from ltsm_jax.training import FitResult, NonFiniteError, TrainConfig, lanes, memory
 
@@ -42,7 +42,7 @@ def sweep(
     folder: str | Path | None = None,
     test: bool = True,
     show_progress: bool = True,
-) -> list[Result | NonFiniteError]:
+) -> list[RunResult | NonFiniteError]:
     """Run every strategy with every learning rate and every seed, as lanes of one program where
     that is quicker.
 
@@ -74,10 +74,10 @@ def sweep(
 
                 def make(strategy=strategy, settings=settings, seed=seed, place=place) -> Running:
                     return Running(
-                        model,
-                        params,
-                        strategy,
-                        data,
+                        model=model,
+                        params=params,
+                        strategy=strategy,
+                        data=data,
                         task=task,
                         seed=seed,
                         config=settings,
@@ -87,7 +87,7 @@ def sweep(
 
                 makers.append(make)
 
-    def finish(running: Running) -> Result:
+    def finish(running: Running) -> RunResult:
         return running.result(test=test)
 
     place = None if folder is None else Path(folder) / "lanes"
@@ -109,7 +109,7 @@ def train(
     Args:
       makers: begin the runs; called for as many of them at a time as memory has room for.
       params: of the model, for their size.
-      lanes: see `sweep`. folder: of all lanes, see `training.lanes.fit`.
+      lanes: see `sweep`. folder: of all lanes, see `training.lanes.fit_jobs`.
       others: False: what is not trained as a lane is left where it is.
       finish: what to make of a run that is trained to its end.
     Returns: for each run what `finish` gives, the NonFiniteError of one that diverged, or None for
@@ -119,7 +119,7 @@ def train(
     room = _room(params, len(makers))
     for first in range(0, len(makers), room):
         runs = [make() for make in makers[first : first + room]]
-        stopped = _train(runs, lanes, folder, others)
+        stopped = _train(runs, lanes, folder, others=others)
         for i, running in enumerate(runs):
             if i in stopped:
                 found.append(stopped[i])
@@ -146,7 +146,7 @@ def _train(
         for i in waiting:
             groups.setdefault(_group(runs[i], jobs[i], i), []).append(i)
         for members in groups.values():
-            outcomes = lanes.fit(
+            outcomes = lanes.fit_jobs(
                 [jobs[i] for i in members],
                 lanes=asked,
                 folder=folder,
@@ -178,14 +178,14 @@ def evaluation(running: Running) -> lanes.Evaluate | None:
     if of_task is None or running.whole is not run.itself:
         return None
 
-    def evaluate(over: Over, params: Stack) -> Sequence[dict[str, Any]]:
+    def evaluate(over: Over, params: TreeStack) -> Sequence[dict[str, Any]]:
         return of_task(running.model, params, running.data, "val", over)
 
     return evaluate
 
 
 def _room(params: Params, n: int) -> int:
-    """How many runs memory holds beside each other."""
+    """Count the runs that memory holds at once."""
     free = memory.available()
     if free is None:
         return max(n, 1)

@@ -15,9 +15,9 @@ from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, imputation
 from ltsm_jax.tasks.base import Task
 from ltsm_jax.tasks.imputation import Holes, Imputation
+from ltsm_jax.trees import Params
 
 TASKS = ("imputation", "anomaly")
-Params = Any
 HELD_OUT = 0.1  # share of the rows, the last ones, that select the epoch
 
 
@@ -75,7 +75,7 @@ class Ready:
             total_after - total_before,
             counts,
             self.blocks,
-            np.zeros_like(self.blocks),
+            item_W=np.zeros_like(self.blocks),
         )
 
 
@@ -98,7 +98,11 @@ def ready(
 
         starts = np.asarray(splits.val.starts)
         return Ready(
-            splits, task, hidden, (starts - starts.min()) // splits.val.context_len, splits.notes
+            data=splits,
+            task=task,
+            errors=hidden,
+            blocks=(starts - starts.min()) // splits.val.context_len,
+            notes=splits.notes,
         )
 
     if few_shot != 1:
@@ -110,15 +114,23 @@ def ready(
 
     def per_row(params: Params) -> tuple[np.ndarray, np.ndarray]:
         errors = anomaly.row_errors(
-            model, params, prepared.values, prepared.validate_rows, window=prepared.window
+            model, params, prepared.values, rows=prepared.validate_rows, window=prepared.window
         )
         return errors, np.ones_like(errors)
 
     lo, hi = prepared.validate_rows
-    return Ready(prepared, detects, per_row, np.arange(hi - lo) // anomaly.TOKEN, series.notes)
+    return Ready(
+        data=prepared,
+        task=detects,
+        errors=per_row,
+        blocks=np.arange(hi - lo) // anomaly.TOKEN,
+        notes=series.notes,
+    )
 
 
-def anomaly_of(name: str, values: np.ndarray, cut: int) -> tuple[anomaly.Prepared, anomaly.Anomaly]:
+def anomaly_of(
+    name: str, values: np.ndarray, cut: int
+) -> tuple[anomaly.ScaledSeries, anomaly.Anomaly]:
     """Cut the first `cut` rows of scaled values [C, T] into windows; the last tenth of them selects
     the epoch.
 
@@ -137,9 +149,11 @@ def anomaly_of(name: str, values: np.ndarray, cut: int) -> tuple[anomaly.Prepare
             f"{name}: {inner} rows to tune on are too few, at least {least} are needed; or "
             "method='zero_shot'"
         )
-    prepared = anomaly.Prepared(
+    prepared = anomaly.ScaledSeries(
         values=values,  # pyright: ignore[reportArgumentType]
-        train=windows_between(values, 0, inner, window - anomaly.TOKEN, anomaly.TOKEN),
+        train=windows_between(
+            values, 0, inner, context_len=window - anomaly.TOKEN, horizon=anomaly.TOKEN
+        ),
         validate_rows=(inner, cut),
         series=anomaly.Unlabelled(name),
         window=window,

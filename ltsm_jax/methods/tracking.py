@@ -16,8 +16,7 @@ import numpy as np
 from ltsm_jax import curvature
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.sharding import Placement
-
-Params = Any
+from ltsm_jax.trees import Params
 
 SAMPLE = 64  # windows, evenly spaced
 STEPS = 20  # of Lanczos at most

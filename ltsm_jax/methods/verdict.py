@@ -23,22 +23,22 @@ from ltsm_jax.data.panel import Panel
 from ltsm_jax.data.panel_windows import MOST_SCORED, MOST_TRAIN, PanelSplits, cut_panel, spread
 from ltsm_jax.data.windows import Windows
 from ltsm_jax.frequency import count_unit, microseconds, to_wall
-from ltsm_jax.layers.masks import merge, place
+from ltsm_jax.layers.masks import apply_masks, place
 from ltsm_jax.methods import auto_ets
 from ltsm_jax.methods.alpha import GRID
 from ltsm_jax.methods.binding import (
     check_params,
     default_mode,
     drawn,
+    positive_int,
     shorter_contexts,
     takes,
     target_len,
-    whole,
 )
 from ltsm_jax.methods.checks import Difference, bootstrap_difference
 from ltsm_jax.methods.decision import TITLES, ZERO_SHOT, Candidate, Verdict, decide, few_blocks
 from ltsm_jax.methods.pruning import refuse_pruned
-from ltsm_jax.methods.run import Result, run
+from ltsm_jax.methods.run import RunResult, run
 from ltsm_jax.methods.starts import start_params
 from ltsm_jax.methods.strategies import MIXED, Strategy, strategy
 from ltsm_jax.models import Model
@@ -46,20 +46,20 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.forecasting import MODES, Errors, Forecasting, Mode
 from ltsm_jax.training import compiling, progress
+from ltsm_jax.trees import Params
 
 __all__ = [
     "BUDGET",
+    "BoundPanel",
     "Compared",
-    "Prepared",
-    "Tuning",
+    "TuningPlan",
     "Verdict",
+    "bind_panel",
     "compare",
     "named",
-    "prepare",
     "tuning",
 ]
 
-Params = Any
 Methods = str | Strategy | Sequence[str | Strategy]
 Alpha = float | Literal["auto"] | None
 BUDGET = 400  # steps of each method
@@ -91,7 +91,7 @@ class Compared:
     params: Params
     splits: PanelSplits
     task: Forecasting
-    results: Mapping[str, Result]
+    results: Mapping[str, RunResult]
 
 
 def named(methods: Methods, model: Model, alpha: Alpha = None) -> dict[str, Strategy]:
@@ -158,7 +158,7 @@ def _by_name(name: str, alpha: Alpha, methods: Sequence[str | Strategy]) -> list
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
+class BoundPanel:
     """A model and the windows of a panel that go together; what `compare` begins with.
 
     Attributes:
@@ -178,7 +178,7 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(
+def bind_panel(
     model: Model,
     params: Params,
     panel: Panel,
@@ -189,13 +189,13 @@ def prepare(
     mode: Mode | None = None,
     seed: int = 0,
     most_scored: int = MOST_SCORED,
-) -> Prepared:
+) -> BoundPanel:
     """Make a model ready for a panel, and cut windows that its training takes; arguments as in
     `compare`.
 
     Raises: ValueError (DataError) for data, names and lengths that do not work.
     """
-    horizon = whole(horizon, "horizon")
+    horizon = positive_int(horizon, "horizon")
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     model.check_task("forecasting")
@@ -207,13 +207,13 @@ def prepare(
         key=training.keys(seed)["init"],
     )
     fresh = drawn(params, start)
-    model, start = ready, sharding.together(start)
+    model, start = ready, sharding.colocate(start)
     placement = Placement.of(start)
     if masks is not None:
         masks = place(masks, start, placement)
-        start = merge(start, masks, placement)
+        start = apply_masks(start, masks, placement)
 
-    lengths = _lengths(model, start, panel, horizon, context_len, mode)
+    lengths = _lengths(model, start, panel, horizon=horizon, context_len=context_len, mode=mode)
     splits = cut_panel(
         panel,
         lengths.context_len,
@@ -233,11 +233,19 @@ def prepare(
         )
     notes += _covariate_notes(model, panel)
     task = Forecasting(lengths.mode, "context")
-    return Prepared(model, start, splits, task, lengths.train_context, masks, tuple(notes))
+    return BoundPanel(
+        model=model,
+        params=start,
+        splits=splits,
+        task=task,
+        train_context=lengths.train_context,
+        masks=masks,
+        notes=tuple(notes),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tuning:
+class TuningPlan:
     """Methods to tune, and the training windows they see.
 
     Attributes:
@@ -256,18 +264,18 @@ class Tuning:
 
 
 def tuning(
-    prepared: Prepared,
+    prepared: BoundPanel,
     strategies: Mapping[str, Strategy],
     config: training.TrainConfig | None = None,
     budget: int | None = BUDGET,
-) -> Tuning:
+) -> TuningPlan:
     """Fit the training of some methods (see `named`) to a budget of steps; arguments as in
     `compare`.
     """
     config = config or training.TrainConfig()
     splits = prepared.splits
     if not strategies:
-        return Tuning({}, splits, config, 0)
+        return TuningPlan(strategies={}, splits=splits, config=config, available=0)
     available = prepared.task.windows(prepared.model, splits).n
     if not available:
         horizon = splits.test.horizon
@@ -275,9 +283,13 @@ def tuning(
             f"nothing is tuned: no item has training rows for a context and {horizon} rows of "
             "target"
         )
-        return Tuning({}, splits, config, 0, (note,))
-    splits, config, notes = _budgeted(prepared.model, splits, config, budget, available)
-    return Tuning(strategies, splits, config, available, notes)
+        return TuningPlan(strategies={}, splits=splits, config=config, available=0, notes=(note,))
+    splits, config, notes = _budgeted(
+        prepared.model, splits, config, budget=budget, available=available
+    )
+    return TuningPlan(
+        strategies=strategies, splits=splits, config=config, available=available, notes=notes
+    )
 
 
 @hosts.interruptible()
@@ -296,7 +308,7 @@ def compare(
     mode: Mode | None = None,
     seed: int = 0,
     most_scored: int = MOST_SCORED,
-    prepared: Prepared | None = None,
+    prepared: BoundPanel | None = None,
     folder: str | Path | None = None,
     show_progress: bool = True,
 ) -> Compared:
@@ -319,25 +331,25 @@ def compare(
         other where no item is long enough for it.
       seed: of the random model, data order, dropout and intervals.
       most_scored: windows of validation and of test at most.
-      prepared: what `prepare` gave for these same arguments, where it was asked before; None: it is
-        asked here.
+      prepared: result of `bind_panel` for these same arguments, where it was called before; None:
+        it is called here.
       folder: checkpoints, so that a killed run continues.
       show_progress: a bar on a terminal, else a line every few seconds.
     Raises: ValueError (DataError) for data, names and lengths that do not work, before anything is
       trained.
     """
     if budget is not None:
-        budget = whole(budget, "budget")
+        budget = positive_int(budget, "budget")
     strategies = named(methods, model, alpha)
     if strategies and masks is None:
         check_params(model, params)
         refuse_pruned(model, params)
     if prepared is None:
-        prepared = prepare(
+        prepared = bind_panel(
             model,
             params,
             panel,
-            horizon,
+            horizon=horizon,
             masks=masks,
             context_len=context_len,
             mode=mode,
@@ -347,16 +359,18 @@ def compare(
     elif prepared.splits.panel is not panel or prepared.splits.test.horizon != horizon:
         raise ValueError("these windows were prepared of another panel or for another horizon")
 
-    work = tuning(prepared, strategies, config, budget)
-    scorer = _Scorer(prepared.model, work.splits, prepared.task, Placement.of(prepared.params))
-    candidates = {ZERO_SHOT: scorer.model(ZERO_SHOT, prepared.params)}
-    for name in scorer.naive:
-        candidates[name] = scorer.naive_candidate(name)
-
-    tuned = _tune(prepared, work, scorer, seed, folder, show_progress)
+    work = tuning(prepared, strategies, config, budget=budget)
+    scorer = _Scorer(
+        model=prepared.model,
+        splits=work.splits,
+        task=prepared.task,
+        placement=Placement.of(prepared.params),
+    )
+    candidates = scorer.untuned(prepared.params)
+    tuned = _tune(prepared, work, scorer, seed=seed, folder=folder, show_progress=show_progress)
     candidates |= tuned.candidates
     weights = {ZERO_SHOT: prepared.params}
-    if tuned.best is not None:
+    if tuned.best is not None and tuned.params is not None:
         weights[tuned.best] = tuned.params
 
     pairs = _pairs(candidates, tuned.best, scorer.best_naive())
@@ -364,6 +378,32 @@ def compare(
         candidates[name] = scorer.tested(candidates[name], weights.get(name))
     differences = {key: scorer.difference(*pair, seed) for key, pair in pairs.items()}
 
+    settings = _settings(prepared, work, seed=seed, budget=budget)
+    verdict = _verdict(
+        prepared,
+        work,
+        scorer,
+        candidates=candidates,
+        tuned=tuned,
+        weights=weights,
+        differences=differences,
+        settings=settings,
+    )
+    use = verdict.deploy if verdict.deploy in weights else verdict.best_model
+    return Compared(
+        verdict=verdict,
+        model=prepared.model,
+        params=weights[use],
+        splits=work.splits,
+        task=prepared.task,
+        results=tuned.results,
+    )
+
+
+def _settings(
+    prepared: BoundPanel, work: TuningPlan, *, seed: int, budget: int | None
+) -> dict[str, Any]:
+    """Settings of a comparison that its verdict records."""
     settings = {
         "mode": prepared.task.mode,
         "seed": seed,
@@ -372,11 +412,7 @@ def compare(
     }
     if work.strategies:
         settings["train"] = work.config.filled(prepared.model.recipe(), seed=seed).record()
-    verdict = _verdict(prepared, work, scorer, candidates, tuned, weights, differences, settings)
-    use = verdict.deploy if verdict.deploy in weights else verdict.best_model
-    return Compared(
-        verdict, prepared.model, weights[use], work.splits, prepared.task, tuned.results
-    )
+    return settings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -388,15 +424,15 @@ class _Tuned:
     """
 
     candidates: dict[str, Candidate]
-    results: dict[str, Result]
+    results: dict[str, RunResult]
     best: str | None
     params: Params | None
     notes: tuple[str, ...]
 
 
 def _tune(
-    prepared: Prepared,
-    work: Tuning,
+    prepared: BoundPanel,
+    work: TuningPlan,
     scorer: "_Scorer",
     seed: int,
     folder: str | Path | None,
@@ -404,7 +440,7 @@ def _tune(
 ) -> _Tuned:
     """Run every method, and keep the weights of the one that validates best."""
     candidates: dict[str, Candidate] = {}
-    results: dict[str, Result] = {}
+    results: dict[str, RunResult] = {}
     notes: list[str] = []
     best, params = None, None
     for number, (name, chosen) in enumerate(work.strategies.items(), 1):
@@ -414,7 +450,7 @@ def _tune(
                     prepared.model,
                     prepared.params,
                     chosen,
-                    work.splits,
+                    data=work.splits,
                     task=prepared.task,
                     seed=seed,
                     config=work.config,
@@ -439,14 +475,16 @@ def _tune(
             results[name] = result
         else:
             results[name] = dataclasses.replace(result, params=None)
-    return _Tuned(candidates, results, best, params, tuple(notes))
+    return _Tuned(
+        candidates=candidates, results=results, best=best, params=params, notes=tuple(notes)
+    )
 
 
 def _pairs(
     candidates: Mapping[str, Candidate], tuned: str | None, naive: str
 ) -> dict[str, tuple[str, str]]:
-    """Who meets whom on the test span: the checkpoint, the best naive forecast, and what tuning
-    improved.
+    """Pair the candidates for the test span: the checkpoint, the best naive forecast, and what
+    tuning improved.
     """
     pairs = {"zero_shot_vs_naive": (ZERO_SHOT, naive)}
     if tuned is None or not candidates[tuned].val["mse"] < candidates[ZERO_SHOT].val["mse"]:
@@ -455,8 +493,8 @@ def _pairs(
 
 
 def _verdict(
-    prepared: Prepared,
-    work: Tuning,
+    prepared: BoundPanel,
+    work: TuningPlan,
     scorer: "_Scorer",
     candidates: Mapping[str, Candidate],
     tuned: _Tuned,
@@ -468,7 +506,7 @@ def _verdict(
     splits, panel = work.splits, work.splits.panel
     naive = scorer.best_naive()
     val = {name: found.val["mse"] for name, found in candidates.items()}
-    deploy, reason = decide(val, tuned.best, naive, differences)
+    deploy, reason = decide(val, tuned.best, naive, differences=differences)
 
     tested = [
         name for name, found in candidates.items() if found.test is not None and name != "auto_ets"
@@ -562,7 +600,7 @@ def _lengths(
     typical = int(np.median(rows if len(rows) else panel.lengths))
     before = max(typical - 2 * horizon, 1) if typical * 0.2 < horizon else int(typical * 0.7)
     if context_len is not None:
-        context_len = whole(context_len, "context_len")
+        context_len = positive_int(context_len, "context_len")
 
     # A model sees whole patches where there is one; what is over is the oldest.
     seen = min(context_len or model.context_len, max(before, 1))
@@ -577,12 +615,19 @@ def _lengths(
         room = before - target
         fits = [usual] if context_len is not None or usual <= room else []
         if room >= 1:
-            fits += shorter_contexts(min(room, usual), usual, room, horizon)
+            fits += shorter_contexts(min(room, usual), usual, room, horizon=horizon)
         # Shorter than what the loss takes: missing values fill it up.
         if which == modes[-1]:
             fits += sorted(d for d in range(1, usual + 1) if usual % d == 0)
         for length in fits:
-            if not takes(model, params, which, length, horizon, panel.n_variates):
+            if not takes(
+                model,
+                params,
+                which,
+                context_len=length,
+                horizon=horizon,
+                n_variates=panel.n_variates,
+            ):
                 continue
             notes = []
             if which != own:
@@ -594,9 +639,12 @@ def _lengths(
                     f"training context of {length} rows instead of {usual}: items have {typical}, "
                     "typically"
                 )
-            return _Lengths(seen, length, which, tuple(notes))
+            return _Lengths(context_len=seen, train_context=length, mode=which, notes=tuple(notes))
     return _Lengths(
-        seen, usual, own, (f"training of {model.family} takes no windows of these lengths",)
+        context_len=seen,
+        train_context=usual,
+        mode=own,
+        notes=(f"training of {model.family} takes no windows of these lengths",),
     )
 
 
@@ -674,7 +722,7 @@ class _Scorer:
         self.predictor = task.predictor(model)
         self.season = splits.season if splits.season <= splits.val.context_len else 1
         self.predictors = forecasting.naive_forecasts(self.season)
-        self.naive = [*self.predictors, *(["auto_ets"] if auto_ets.available() else [])]
+        self.naive = [*self.predictors, *(["auto_ets"] if auto_ets.is_installed() else [])]
         self.val: dict[str, _Scores] = {}
         self.test: dict[str, _Scores] = {}
 
@@ -688,6 +736,13 @@ class _Scorer:
         return Candidate(
             name, "model", scores, seconds=seconds, compile_seconds=compiling_, history=history
         )
+
+    def untuned(self, params: Params) -> dict[str, Candidate]:
+        """Score the checkpoint and the naive forecasts on validation."""
+        found = {ZERO_SHOT: self.model(ZERO_SHOT, params)}
+        for name in self.naive:
+            found[name] = self.naive_candidate(name)
+        return found
 
     def naive_candidate(self, name: str) -> Candidate:
         """Score a naive forecast on validation."""
@@ -706,17 +761,17 @@ class _Scorer:
         self,
         name: str,
         chosen: Strategy,
-        result: Result,
+        result: RunResult,
         start: Params,
         seed: int,
         masks: Params | None,
     ) -> Candidate:
         """Make a candidate of a training run, with the error before its first step."""
-        begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
+        begin = start_params(chosen, self.net, start, aux_key=training.keys(seed)["aux"])
         if begin is start:
             before = _record(self.val[ZERO_SHOT])
         else:
-            begin = begin if masks is None else merge(begin, masks, self.placement)
+            begin = begin if masks is None else apply_masks(begin, masks, self.placement)
             before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
         history: list[dict[str, Any]] = [
             {"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}
@@ -764,7 +819,7 @@ class _Scorer:
         block = (calendar(self.splits.panel)[item] + origin) // self.splits.test.horizon
         if of is not None:
             item, block = item[of], block[of]
-        return bootstrap_difference(gap, steps, block, item, seed=seed)
+        return bootstrap_difference(gap, steps, block, item_W=item, seed=seed)
 
     def examples(
         self, names: Sequence[str], weights: Mapping[str, Params]
@@ -780,7 +835,7 @@ class _Scorer:
             predictor = self.predictors.get(name, self.predictor)
             params = weights.get(name, {})
             found[name] = forecasting.forecast_windows(
-                predictor, params, windows, numbers, self.placement
+                predictor, params, windows, indices=numbers, placement=self.placement
             )
         shown = min(2 * windows.horizon, windows.context_len)
         examples = []
@@ -795,7 +850,7 @@ class _Scorer:
                     "item": str(splits.panel.ids[item[i]]),
                     "column": splits.panel.columns[variate],
                     "stamps": stamps(
-                        splits.panel, int(item[i]), int(origin[i]) - own, own + windows.horizon
+                        splits.panel, int(item[i]), int(origin[i]) - own, n=own + windows.horizon
                     ),
                     "context": context[len(context) - own :].tolist(),
                     "target": target.tolist(),
@@ -809,7 +864,7 @@ class _Scorer:
     def _errors(self, name: str, params: Params | None, windows: Windows) -> _Scores:
         if name == "auto_ets":
             of = spread(windows.n, MOST_ETS, seed=0)
-            return _Scores(auto_ets.errors(windows, of, self.season), of)
+            return _Scores(auto_ets.ets_errors(windows, of, self.season), of)
         predictor = self.predictors.get(name, self.predictor)
         params = {} if params is None else params
         return _Scores(forecasting.errors(predictor, params, windows, placement=self.placement))
@@ -862,8 +917,8 @@ def _spans(splits: PanelSplits) -> dict[str, tuple[str, str]]:
         early = items[np.argmin((begins + lo)[items])]
         late = items[np.argmax((begins + hi)[items])]
         ends = [
-            stamps(panel, int(early), int(lo[early]), 1),
-            stamps(panel, int(late), int(hi[late]) - 1, 1),
+            stamps(panel, int(early), int(lo[early]), n=1),
+            stamps(panel, int(late), int(hi[late]) - 1, n=1),
         ]
         if None not in ends:
             found[part] = tuple(end[0] for end in ends if end)

@@ -104,7 +104,7 @@ def save(
     return folder
 
 
-def require_free(folder: str | Path, overwrite: bool) -> None:
+def require_writable(folder: str | Path, overwrite: bool) -> None:
     """Refuse a place where `save` would not write, before the work that comes before it.
 
     Raises: FileExistsError.
@@ -114,7 +114,7 @@ def require_free(folder: str | Path, overwrite: bool) -> None:
 
 def _require_params(model: Model, params: trees.Tree) -> None:
     """Raises: ValueError unless `load` would give these params back."""
-    want = shapes(model)
+    want = param_shapes(model)
     trees.require_same(want, params, ("the model", "params"))
     dtypes = {path: leaf.dtype for path, leaf in trees.flatten(want).items()}
     odd = [path for path, leaf in trees.flatten(params).items() if leaf.dtype != dtypes[path]]
@@ -172,7 +172,7 @@ def load_folder(folder: str | Path) -> tuple[Model, trees.Tree]:
     like = {}
     if not problem:
         try:
-            like = shapes(model)
+            like = param_shapes(model)
         except (
             Exception
         ) as err:  # sizes that do not go together fail anywhere in a model, with any error
@@ -298,7 +298,7 @@ def read_buffers(folder: str | Path) -> dict[str, np.ndarray]:
         raise storage.DamagedError(f"{file} is damaged: {err}") from err
 
 
-def shapes(model: Model) -> trees.Tree:
+def param_shapes(model: Model) -> trees.Tree:
     """Give shape and dtype of every parameter, without computing any: those of 32 bits, whatever
     JAX is set to.
     """
@@ -335,7 +335,7 @@ def local(source: str | Path) -> Path | None:
         preset = is_preset(name)
         ends = ORIGINALS if preset else ()
         places = [*(place.with_name(place.name + end) for end in ends), *places, SHIPPED / name]
-        places += [place] if preset or hub.parse(name) else []
+        places += [place] if preset or hub.parse_name(name) else []
     return next((p for p in places if p.is_file() or p.is_dir()), None)
 
 

@@ -5,9 +5,10 @@ The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-
 (Meteor-Stars/SFF): a model is tuned on windows of 768 rows of the anomaly-free beginning of a
 series; then windows of 768, 576 apart, run over the rest, and each token of 96 rows is scored by
 the error the model makes there. Token t covers rows [b + 96 t, b + 96 (t + 1)), b the end of the
-training rows. The result of a file is the place of the first token that overlaps the anomaly when
-tokens are sorted by score, and alpha = place / tokens: the smallest share of tokens that must be
-flagged to find it.
+training rows. The result of a file is the rank of the first token that overlaps the anomaly when
+tokens are sorted by score, and rank / tokens: the smallest share of the tokens that must be flagged
+to find it. The papers call that share alpha, and so do the columns of results; it has nothing to do
+with the alpha that mixes models.
 
 Where the released code departs from that by mistake, the correct behaviour is the default and the
 released one a named quirk:
@@ -24,7 +25,7 @@ with the series.
 
 Other archives (`ltsm_jax.tasks.labelled`) go the same way: a series may have several labelled
 anomalies, of which the first to be found counts, and a shorter beginning takes shorter windows
-(`prepare(window=...)`).
+(`scale_series(window=...)`).
 
 Series of any length up to `ROWS` share one compilation, as arrays are filled up to fixed sizes.
 """
@@ -58,7 +59,7 @@ WINDOW, TOKEN = 768, 96
 SHORTEST_WINDOW = 3 * TOKEN
 # Series and tables of windows are filled up to multiples of these, to share a compilation.
 ROWS, STARTS = 2**17, 512
-QUIRKS = frozenset({"select_on_test", "touching_is_hit", "uncovered_is_hit"})
+ANOMALY_QUIRKS = frozenset({"select_on_test", "touching_is_hit", "uncovered_is_hit"})
 _NAME = re.compile(r"\d+_UCR_Anomaly_.+_(\d+)_(\d+)_(\d+)\.txt(\.gz)?")
 
 
@@ -126,11 +127,16 @@ def read_ucr(path: str | Path) -> Labelled:
         values = np.array(text.decode("ascii").split(), dtype=np.float64)
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as err:
         raise DataError(f"{path.name} cannot be read as numbers: {err}") from err
-    return Labelled(path.name.removesuffix(".gz").removesuffix(".txt"), values, b, (first, last))
+    return Labelled(
+        name=path.name.removesuffix(".gz").removesuffix(".txt"),
+        values=values,
+        train_end=b,
+        anomaly=(first, last),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
+class ScaledSeries:
     """A labelled series made ready: scaled with its training rows, on the device.
 
     values: [1, T] float32, scaled units; of an unlabelled table [C, T], whose errors are means over
@@ -147,21 +153,21 @@ class Prepared:
     window: int = WINDOW
 
 
-def prepare(
+def scale_series(
     series: Labelled,
     *,
     holdout: float = 0.1,
     quirks: Collection[str] = frozenset(),
     window: int = WINDOW,
     n_windows: int | None = None,
-) -> Prepared:
+) -> ScaledSeries:
     """Scale a series with mean and population std of rows [0, b), and cut its training windows,
     stride 1.
 
     Args:
       holdout: share of the training rows, at their end, kept for validation; not used with quirk
         `select_on_test`.
-      quirks: released behaviours to follow, of `QUIRKS`; they are kept in the result.
+      quirks: released behaviours to follow, of `ANOMALY_QUIRKS`; they are kept in the result.
       window: rows of a window, a multiple of 96 from 288 on; 768 in the protocol.
       n_windows: take exactly that many training windows, evenly spread over all (some repeatedly
         where there are fewer), so that series of different length train in one compiled program;
@@ -175,8 +181,8 @@ def prepare(
             f"window must be a multiple of {TOKEN} from {SHORTEST_WINDOW} on; got {window}"
         )
     quirks = frozenset(quirks)
-    if unknown := quirks - QUIRKS:
-        raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(QUIRKS)}")
+    if unknown := quirks - ANOMALY_QUIRKS:
+        raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(ANOMALY_QUIRKS)}")
     if not 0 < holdout < 1:
         raise ValueError(f"holdout is a share of the training rows, between 0 and 1; got {holdout}")
     b, n_rows = series.train_end, len(series.values)
@@ -197,15 +203,23 @@ def prepare(
     shown = np.asarray(values)
     if n_windows is not None:
         shown = _filled(shown[:, :cut], ROWS)
-    train = windows_between(shown, 0, cut, window - TOKEN, TOKEN, columns=(series.name,))
+    train = windows_between(
+        shown, 0, cut, context_len=window - TOKEN, horizon=TOKEN, columns=(series.name,)
+    )
     if n_windows is not None:
         train = train.take(np.arange(n_windows) * train.n // n_windows)
-    return Prepared(values, train, (b, n_rows) if on_test else (cut, b), series, quirks, window)
+    return ScaledSeries(
+        values=values,
+        train=train,
+        validate_rows=(b, n_rows) if on_test else (cut, b),
+        series=series,
+        quirks=quirks,
+        window=window,
+    )
 
 
 def rows_to_train(train_end: int, holdout: float = 0.1) -> int:
-    """How many of the anomaly-free rows [0, train_end) are trained on; the last ones are held
-    out."""
+    """Count the anomaly-free rows of [0, train_end) to train on; the last ones are held out."""
     return train_end - max(int(train_end * holdout), 1)
 
 
@@ -282,7 +296,7 @@ def _window_errors(
 
     # A batch is never smaller than asked for: the table goes on with its last window.
     n = len(starts)
-    return in_batches(one_batch, max(n, batch_size), batch_size, placement)[:n]
+    return in_batches(one_batch, max(n, batch_size), batch_size, placement=placement)[:n]
 
 
 def window_starts(lo: int, hi: int, window: int = WINDOW) -> np.ndarray:
@@ -329,7 +343,16 @@ def row_errors(
         starts = np.append(starts, hi - window)
     if not len(starts):
         return np.zeros(0)
-    errors = _window_errors(model, params, values, starts, ims, batch_size, placement, window)
+    errors = _window_errors(
+        model,
+        params,
+        values,
+        starts=starts,
+        ims=ims,
+        batch_size=batch_size,
+        placement=placement,
+        window=window,
+    )
     errors = errors[:, -(window - TOKEN) :]
     whole = errors[: len(starts) - bool(left), :stride].ravel()
     return np.concatenate([whole, errors[-1, errors.shape[1] - left :]])
@@ -338,7 +361,7 @@ def row_errors(
 def validation_error(
     model: Model,
     params: Tree,
-    task: Prepared,
+    task: ScaledSeries,
     *,
     ims: bool = True,
     batch_size: int = 128,
@@ -365,23 +388,35 @@ def validation_error(
             f"{task.window}"
         )
     errors = _window_errors(
-        model, params, task.values, starts, ims, batch_size, placement, task.window
+        model,
+        params,
+        task.values,
+        starts=starts,
+        ims=ims,
+        batch_size=batch_size,
+        placement=placement,
+        window=task.window,
     )
     return float(errors.mean())
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """Outcome for one file: `rank` of the first overlapping token (1 = highest score; None: the
-    anomaly was missed because no scored token overlaps it), the number of tokens, and alpha = rank
-    / n_tokens (1 for a miss)."""
+class AnomalyOutcome:
+    """Outcome for one file.
+
+    Attributes:
+      name: of the file.
+      rank: of the first overlapping token, 1 for the highest score; None: the anomaly was missed
+        because no scored token overlaps it.
+      n_tokens: tokens that were scored.
+    """
 
     name: str
     rank: int | None
     n_tokens: int
 
     @property
-    def alpha(self) -> float:
+    def share(self) -> float:
         """Share of tokens, from the top, that must be flagged to find the anomaly; 1 for a miss."""
         return 1.0 if self.rank is None else self.rank / self.n_tokens
 
@@ -400,7 +435,7 @@ def rank_anomaly(
     last_row: int | None = None,
     quirks: Collection[str] = frozenset(),
     name: str = "",
-) -> Result:
+) -> AnomalyOutcome:
     """Place of the first token, by descending score, that overlaps the anomaly.
 
     Args:
@@ -426,24 +461,24 @@ def rank_anomaly(
             overlaps |= end == first
     hits = np.flatnonzero(overlaps[np.argsort(-scores, kind="stable")])
     if hits.size:
-        return Result(name, int(hits[0]) + 1, len(scores))
-    return Result(name, 1 if "uncovered_is_hit" in quirks else None, len(scores))
+        return AnomalyOutcome(name, int(hits[0]) + 1, len(scores))
+    return AnomalyOutcome(name, 1 if "uncovered_is_hit" in quirks else None, len(scores))
 
 
 def evaluate(
     model: Model,
     params: Tree,
-    task: Prepared,
+    task: ScaledSeries,
     *,
     ims: bool = True,
     tail: bool = True,
     batch_size: int = 128,
     placement: Placement | None = None,
-) -> Result:
+) -> AnomalyOutcome:
     """Scores every token of the test rows and ranks the anomaly.
 
     Args:
-      task: from `prepare`; its quirks are obeyed.
+      task: from `scale_series`; its quirks are obeyed.
       ims: as in `loss_fn`. In direct mode the same points of the same windows are scored (the
         released code scores eight tokens a window there and loses track of their rows).
       tail: score the rows after the last whole window too; False leaves them out, and an anomaly
@@ -461,7 +496,7 @@ def evaluate(
         model,
         params,
         task.values,
-        rows,
+        rows=rows,
         ims=ims,
         tail=tail,
         batch_size=batch_size,
@@ -477,7 +512,7 @@ def evaluate(
 
 def rank_rows(
     errors: np.ndarray, series: Labelled, quirks: Collection[str] = frozenset()
-) -> Result:
+) -> AnomalyOutcome:
     """Rank a series by a score of each of its rows from `series.train_end` on, of a model or of
     anything else."""
     first, end = series.train_end, series.train_end + len(errors)
@@ -485,24 +520,24 @@ def rank_rows(
     return rank_anomaly(scores, series.spans, first, last_row=end, quirks=quirks, name=series.name)
 
 
-def summarise(
-    results: Iterable[Result], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)
+def count_found(
+    results: Iterable[AnomalyOutcome], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)
 ) -> dict[str, Any]:
-    """Files in which the anomaly is found when the top q of the tokens is flagged, and the mean
-    alpha.
+    """Count the files in which the anomaly is found when the top q of the tokens is flagged.
 
-    Returns: {"files", "missed", "mean_alpha", "found": {q: number of files with alpha <= q}}.
+    Returns: {"files", "missed", "mean_share", "found": {q: number of files with share <= q}}.
     Raises: ValueError for no results.
     """
     results = list(results)
     if not results:
         raise ValueError("no results to summarise")
-    alphas = np.array([r.alpha for r in results])
+    shares = np.array([r.share for r in results])
+    missed = sum(r.rank is None for r in results)
     return {
         "files": len(results),
-        "missed": sum(r.rank is None for r in results),
-        "mean_alpha": float(alphas.mean()),
-        "found": {q: int((alphas <= q).sum()) for q in quantiles},
+        "missed": missed,
+        "mean_share": float(shares.mean()),
+        "found": {q: int((shares <= q).sum()) for q in quantiles},
     }
 
 
@@ -513,7 +548,7 @@ def _loss(model: Model, ims: bool) -> Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Anomaly:
-    """The task of finding the labelled anomaly of a series, `Prepared` by `prepare`.
+    """The task of finding the labelled anomaly of a series, `ScaledSeries` by `scale_series`.
 
     ims: see `loss_fn`.
     """
@@ -525,7 +560,7 @@ class Anomaly:
         """The mean squared error on the rows held out, see `validation_error`."""
         return "mse"
 
-    def windows(self, model: Model, data: Prepared, part: Part = "train") -> Source:
+    def windows(self, model: Model, data: ScaledSeries, part: Part = "train") -> Source:
         """The training windows. Raises: ValueError for another part, which is scored row by row."""
         if part != "train":
             raise ValueError(
@@ -542,30 +577,31 @@ class Anomaly:
         self,
         model: Model,
         params: Tree,
-        data: Prepared,
+        data: ScaledSeries,
         part: Part = "val",
         placement: Placement | None = None,
     ) -> dict[str, Any]:
-        """Of "val" the mean squared error; of "test" the rank of the anomaly among the tokens, see
-        `evaluate`."""
+        """Score "val" by the mean squared error, "test" by the rank of the anomaly among the
+        tokens, see `evaluate`.
+        """
         if part == "val":
             return {"mse": validation_error(model, params, data, ims=self.ims, placement=placement)}
         found = evaluate(model, params, data, ims=self.ims, placement=placement)
-        return {"rank": found.rank, "alpha": found.alpha, "tokens": found.n_tokens}
+        return {"rank": found.rank, "alpha": found.share, "tokens": found.n_tokens}
 
     def baselines(
-        self, model: Model, data: Prepared, part: Part = "val"
+        self, model: Model, data: ScaledSeries, part: Part = "val"
     ) -> dict[str, dict[str, Any]]:
         """None is known."""
         return {}
 
     def warnings(
-        self, model: Model, params: Tree, data: Prepared, placement: Placement | None = None
+        self, model: Model, params: Tree, data: ScaledSeries, placement: Placement | None = None
     ) -> tuple[str, ...]:
         """Nothing: no kind of collapse is known."""
         return ()
 
-    def facts(self, data: Prepared) -> dict[str, Any]:
+    def facts(self, data: ScaledSeries) -> dict[str, Any]:
         """The options, the series and what selects, and a digest of its values."""
         return {
             "task": "anomaly",
@@ -579,5 +615,5 @@ class Anomaly:
         }
 
     def row(self, scores: Mapping[str, Any]) -> dict[str, Any]:
-        """Rank and alpha."""
+        """Rank, and the share under its published name alpha."""
         return {name: scores[name] for name in ("rank", "alpha")}

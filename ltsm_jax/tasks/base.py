@@ -40,7 +40,7 @@ class Task(Protocol):
     """One task with its options: frozen and hashable, so that it may be static under jit.
 
     `data` is what the task's own preparation gives: `data.Splits` for forecasting and imputation,
-    `anomaly.Prepared`, `classification.Examples`.
+    `anomaly.ScaledSeries`, `classification.Examples`.
     """
 
     @property

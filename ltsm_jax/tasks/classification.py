@@ -148,7 +148,7 @@ def guesses(
     placement = placement or Placement.of(params)
     placed = examples.over(placement.mesh)
     one_batch = functools.partial(_scores, model, params, placed, placement=placement)
-    return in_batches(one_batch, examples.n, batch_size, placement)
+    return in_batches(one_batch, examples.n, batch_size, placement=placement)
 
 
 def evaluate(
@@ -164,11 +164,11 @@ def evaluate(
     Raises: ValueError for no example, or a model without this task.
     """
     found = guesses(model, params, examples, batch_size=batch_size, placement=placement)
-    scores = summarise(found["guess"].astype(int), sharding.on_host(examples.labels))
+    scores = accuracy_and_f1(found["guess"].astype(int), sharding.on_host(examples.labels))
     return {"loss": float(found["loss"].mean())} | scores
 
 
-def summarise(guess: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+def accuracy_and_f1(guess: np.ndarray, label: np.ndarray) -> dict[str, Any]:
     """Accuracy, and F1 averaged over the classes that occur among labels and guesses, each class
     counting alike.
     """
@@ -226,7 +226,7 @@ class Classification:
         """The most frequent class of the training part, always."""
         label = np.asarray(getattr(data, part).labels)
         most = np.bincount(np.asarray(data.train.labels)).argmax()
-        return {"most frequent class": summarise(np.full(label.shape, most), label)}
+        return {"most frequent class": accuracy_and_f1(np.full(label.shape, most), label)}
 
     def warnings(
         self, model: Model, params: Tree, data: Parts, placement: Placement | None = None

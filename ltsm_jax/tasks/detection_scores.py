@@ -124,7 +124,9 @@ def vus_pr(scores: np.ndarray, labels: np.ndarray, buffer: int = 96) -> float:
     order = np.argsort(-scores, kind="stable")
     ends = _ends_of_ties(scores[order])
     widths = np.unique(np.linspace(0, buffer, BUFFERS).round().astype(int))
-    areas = [_area_with_buffer(scores, labels, order, ends, int(width)) for width in widths]
+    areas = [
+        _area_with_buffer(scores, labels, order, ends=ends, width=int(width)) for width in widths
+    ]
     return float(np.mean(areas))
 
 
@@ -165,7 +167,7 @@ def soften(labels: np.ndarray, width: int) -> np.ndarray:
     return soft
 
 
-def smooth(scores: np.ndarray, width: int) -> np.ndarray:
+def smooth_scores(scores: np.ndarray, width: int) -> np.ndarray:
     """Average each row's score with those around it, `width` rows centred; at the ends over
     fewer."""
     if width <= 1:

@@ -17,7 +17,7 @@ from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.sharding import Placement
-from ltsm_jax.stacks import Over, Stack
+from ltsm_jax.stacks import Over, TreeStack
 from ltsm_jax.tasks.base import Loss, Part, Source
 from ltsm_jax.tasks.batches import in_batches, in_chunks, rounded
 from ltsm_jax.trees import Tree
@@ -25,7 +25,6 @@ from ltsm_jax.trees import Tree
 Mode = Literal["ims", "direct"]
 Scaling = Literal["train", "context"]
 MODES = get_args(Mode)
-LOSS: dict[Mode, Literal["own", "point"]] = {"ims": "own", "direct": "point"}
 MEMBERS = 10  # of a group, what `eval_batch` of a joint family reckons with
 COLLAPSED = (
     0.01  # a forecast that varies less than this share of what it should follow is a flat line
@@ -161,25 +160,25 @@ class ScaledByContext:
 
 
 def loss_fn(
-    model: Model, mode: Literal["own", "point"] = "own"
+    model: Model, mode: Mode = "ims"
 ) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
-    """The training loss `f(params, batch, key, train) -> scalar`, in the (squared) units of the
-    batch.
+    """Return the training loss `f(params, batch, key, train) -> scalar`, in the (squared) units of
+    the batch.
 
-    mode: "own" is the family's own loss (Timer: next token, "IMS"); "point" is the MSE of the point
-    forecast ("direct").
+    mode: "ims", iterative multi-step, is the family's own loss (Timer: next token); "direct" is the
+    MSE of the point forecast.
     """
     model.check_task("forecasting")
-    if mode not in ("own", "point"):
-        raise ValueError(f"loss mode must be 'own' or 'point', got {mode!r}")
-    return model.loss if mode == "own" else model.point_loss
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    return model.loss if mode == "ims" else model.point_loss
 
 
 @functools.cache
 def _loss(model: Model, mode: Mode) -> Loss:
     # methods of two equal models are not equal: without this each load of a checkpoint compiles the
     # step again
-    return loss_fn(model, LOSS[mode])
+    return loss_fn(model, mode)
 
 
 def training_windows(model: Model, splits: Splits | PanelSplits, mode: Mode) -> Windows:
@@ -249,10 +248,10 @@ class Forecasting:
         return evaluate(self.predictor(model), params, getattr(data, part), placement=placement)
 
     def evaluate_lanes(
-        self, model: Model, params: Stack, data: Splits | PanelSplits, part: Part, over: Over
+        self, model: Model, params: TreeStack, data: Splits | PanelSplits, part: Part, over: Over
     ) -> list[dict[str, Any]]:
         """As `evaluate`, for each lane of a stack of parameters, in one program."""
-        return evaluate_lanes(self.predictor(model), params, getattr(data, part), over)
+        return evaluate_lanes(self.predictor(model), params, getattr(data, part), over=over)
 
     def baselines(
         self, model: Model, data: Splits | PanelSplits, part: Part = "val"
@@ -374,7 +373,7 @@ def errors(
         lambda indices: _batch_errors(predictor, params, placed, indices, placement),
         windows.n,
         batch_size or _batch_size(predictor, windows, placement),
-        placement,
+        placement=placement,
     )
     return _errors_of(sums, windows)
 
@@ -387,7 +386,7 @@ def _errors_of(sums: dict[str, np.ndarray], windows: Windows) -> Errors:
 
 @functools.partial(jax.jit, static_argnames=("predictor", "over"))
 def _lane_errors(
-    predictor: Predictor, params: Stack, windows: Windows, indices: jax.Array, over: Over
+    predictor: Predictor, params: TreeStack, windows: Windows, indices: jax.Array, over: Over
 ) -> dict[str, jax.Array]:
     def of_lane(params: Tree, shared: tuple[Windows, jax.Array]) -> dict[str, jax.Array]:
         return _batch_errors(predictor, params, *shared, Placement())
@@ -397,7 +396,7 @@ def _lane_errors(
 
 
 def evaluate_lanes(
-    predictor: Predictor, params: Stack, windows: Windows, over: Over
+    predictor: Predictor, params: TreeStack, windows: Windows, over: Over
 ) -> list[dict[str, Any]]:
     """Score a split with each of several trees of parameters, in one program; see `evaluate`.
 
@@ -549,7 +548,9 @@ def collapse(
     spread evenly.
     """
     indices = np.linspace(0, windows.n - 1, min(sample, windows.n)).astype(np.int32)
-    _, target, point = forecast_windows(predictor, params, windows, indices, placement)
+    _, target, point = forecast_windows(
+        predictor, params, windows, indices=indices, placement=placement
+    )
     observed = ~np.isnan(target)
     some = observed.any(axis=-1)
     got = float(point.var(axis=-1).mean())

@@ -57,8 +57,8 @@ def hole_mask(
     rate: float | jax.Array,
     holes: Holes = "patches",
 ) -> jax.Array:
-    """Which points of one window stay visible: bool [C, T]; the kinds of holes are in the module
-    docstring.
+    """Draw the points of one window that stay visible: bool [C, T]; the kinds of holes are in the
+    module docstring.
 
     In the protocol a patch is hidden when u <= rate, u ~ U[0, 1). The expected hidden share of all
     points is rate * (N - 1) / N with N = T / P patches.
@@ -204,10 +204,14 @@ def _loss(
         x_BCT = batch["context"]
         mask_key, dropout_key = jax.random.split(key)
         visible_BCT = _masks(
-            jax.random.split(mask_key, x_BCT.shape[0]), x_BCT, rate, kinds, patch_len
+            jax.random.split(mask_key, x_BCT.shape[0]),
+            x_BCT,
+            rate,
+            kinds=kinds,
+            patch_len=patch_len,
         )
         error_BCT, scored_BCT = hidden_error(
-            model, params, x_BCT, visible_BCT, dropout_key, train, ims
+            model, params, x_BCT, visible=visible_BCT, key=dropout_key, train=train, ims=ims
         )
         weight_B = batch.get("weight", jnp.ones(x_BCT.shape[0]))
         total = (jnp.square(error_BCT).sum((1, 2)) * weight_B).sum()
@@ -235,7 +239,7 @@ def _masks(
     _, n_variates, n_steps = x_BCT.shape
 
     def one(key: jax.Array, kind: Holes) -> jax.Array:
-        return hole_mask(key, n_steps, n_variates, patch_len, rate, kind)
+        return hole_mask(key, n_steps, n_variates, patch_len=patch_len, rate=rate, holes=kind)
 
     if len(kinds) == 1:
         return jax.vmap(lambda key: one(key, kinds[0]))(keys)
@@ -264,7 +268,7 @@ def _batch_sums(
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
         indices
     )  # by window: the batch size changes no mask
-    visible_BCT = _masks(keys, x_BCT, rate, kinds, patch_len)
+    visible_BCT = _masks(keys, x_BCT, rate, kinds=kinds, patch_len=patch_len)
     shown_BCT = jnp.where(visible_BCT, x_BCT, jnp.nan)
     scored_BCT = ~jnp.isnan(x_BCT) & ~visible_BCT
     y_BCT = filled(model, params, shown_BCT, ims=ims)
@@ -355,7 +359,7 @@ def window_sums(
     def one_batch(indices: jax.Array) -> dict[str, jax.Array]:
         return _batch_sums(model, params, placed, indices, placed_key, rate, ims, kinds, patch)
 
-    return in_batches(one_batch, windows.n, batch_size, placement)
+    return in_batches(one_batch, windows.n, batch_size, placement=placement)
 
 
 def examples(
@@ -381,7 +385,9 @@ def examples(
     x_KCT = windows.gather(numbers)["context"]
     key = _split_key(seed, split)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
-    visible_KCT = _masks(keys, x_KCT, rate, _kinds(holes), patch_len or model.config.patch_len)
+    visible_KCT = _masks(
+        keys, x_KCT, rate, kinds=_kinds(holes), patch_len=patch_len or model.config.patch_len
+    )
     y_KCT = filled(model, params, jnp.where(visible_KCT, x_KCT, jnp.nan), ims=ims)
     return np.asarray(x_KCT), np.asarray(visible_KCT), np.asarray(y_KCT)
 

@@ -100,7 +100,9 @@ def read_nab(path: str | Path, labels: str | Path | None = None) -> Labelled | N
     if not spans:
         return None
     name = path.name.removesuffix(".gz").removesuffix(".csv")
-    return Labelled(name, values, train_end, spans[0], tuple(spans[1:]))
+    return Labelled(
+        name=name, values=values, train_end=train_end, anomaly=spans[0], others=tuple(spans[1:])
+    )
 
 
 def _labels_above(path: Path) -> Path:
@@ -158,7 +160,15 @@ def read_channels(folder: str | Path, channels: Sequence[str] | None = None) -> 
             train, test = (_first_column(file) for file in files)
             spans = _spans_of(channel, text, len(train))
             values, others = np.concatenate([train, test]), tuple(spans[1:])
-            found.append(Labelled(channel, values, len(train), spans[0], others))
+            found.append(
+                Labelled(
+                    name=channel,
+                    values=values,
+                    train_end=len(train),
+                    anomaly=spans[0],
+                    others=others,
+                )
+            )
     if not found:
         raise DataError(f"{folder}: no channel of {SMAP_LABELS} has a file in train/ and in test/")
     return found

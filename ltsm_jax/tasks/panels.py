@@ -33,7 +33,7 @@ SHORTEST = 64  # length of the shortest contexts that are filled up in front
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origins:
-    """Where forecasts begin.
+    """Origins of forecasts.
 
     items: [M] numbers of the panel's items. ends: [M] row of the panel behind each context.
     """
@@ -61,11 +61,11 @@ class Origins:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class PanelForecast:
     """Forecasts in data units.
 
-    point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`, those asked for that the
-    model can say. unit: [M, C] the unit of errors, see `error_unit`; of ones where nobody asked.
+    point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`: the requested ones that
+    the model has. unit: [M, C] the unit of errors, see `error_unit`; ones where not requested.
     """
 
     point: np.ndarray
@@ -73,7 +73,7 @@ class Found:
     levels: tuple[float, ...]
     unit: np.ndarray
 
-    def take(self, rows: Any) -> "Found":
+    def take(self, rows: Any) -> "PanelForecast":
         """The forecasts of some origins, by number."""
         return dataclasses.replace(
             self, point=self.point[rows], quantiles=self.quantiles[rows], unit=self.unit[rows]
@@ -106,7 +106,7 @@ def own_levels(
     """
     if not len(wanted):
         return ()
-    low, high = _range(model, params, n_variates, horizon, covariates)
+    low, high = _range(model, params, n_variates, horizon=horizon, covariates=covariates)
     slack = 1e-9  # 0.1 is 0.1 however it was computed
     return tuple(level for level in sorted(wanted) if low - slack <= level <= high + slack)
 
@@ -217,7 +217,7 @@ class Pass:
 
     @property
     def batches(self) -> int:
-        """How many batches there are."""
+        """Number of batches."""
         return -(-len(self.rows) // self.size)
 
 
@@ -232,7 +232,7 @@ def passes(
     batch_size: int | None = None,
 ) -> list[Pass]:
     """Sort forecasts by the length of their contexts, each of which is a program; arguments as for
-    `forecast`.
+    `forecast_panel`.
     """
     c = panel.n_variates
     members = c if joint else 1
@@ -244,12 +244,16 @@ def passes(
         if not joint:
             rows = (rows[:, None] * c + np.arange(c)).ravel()
         found.append(
-            Pass(int(length), rows, batch_size or _batch_size(model, width, int(length), len(rows)))
+            Pass(
+                int(length),
+                rows,
+                batch_size or _batch_size(model, width, int(length), count=len(rows)),
+            )
         )
     return found
 
 
-def trace(
+def trace_program(
     model: Predictor,
     params: Tree,
     panel: Panel,
@@ -293,7 +297,7 @@ def program(
 _forecast = functools.partial(jax.jit, static_argnames=("model", "horizon", "levels"))(program)
 
 
-def forecast(
+def forecast_panel(
     model: Predictor,
     params: Tree,
     panel: Panel,
@@ -309,23 +313,23 @@ def forecast(
     on_host: Callable[[np.ndarray, int], np.ndarray] | None = None,
     batch_size: int | None = None,
     told: Callable[[int, int], None] | None = None,
-) -> Found:
+) -> PanelForecast:
     """Forecast `horizon` rows after each origin, from contexts standardised by themselves.
 
     Args:
       model, params: ready for the panel (`Model.for_series`), or a baseline and {}.
       context_len: rows of a context at most.
       origins: by default the end of every item.
-      levels: quantile levels; those that the model cannot say are left out of the result.
-      joint: the targets of an item go in together.
-      covariates: hand in covariates, too, of the kinds that the model takes
+      levels: quantile levels; those that the model does not have are left out of the result.
+      joint: forecast the targets of an item jointly.
+      covariates: pass the covariates of the kinds that the model takes to it
         (`Model.predict_with`).
-      season: rows of a season, for `Found.unit`; None: nobody asks for it.
+      season: rows of a season, for `PanelForecast.unit`; None: no units are computed.
       key: of the draws of models that sample.
       on_host: forecasts [B, H] of contexts [B, L], in place of `model`, which then says its batch
         size alone.
       batch_size: windows of one forward pass; by default what `eval_batch` and the memory allow.
-      told: is told after each batch how many forecasts of how many are done.
+      told: called after each batch with the forecasts that are done, and all of them.
     Returns: forecasts; NaN where a context in the past holds no value.
     Raises: DataError where one at the end of its item holds none, naming items and targets.
     """
@@ -336,18 +340,21 @@ def forecast(
     members = c if joint else 1
     count = m if joint else m * c
     kinds = beside(model, panel, covariates)
-    said = () if on_host else own_levels(model, params, members, horizon, levels, kinds)
+    said = ()
+    if not on_host:
+        said = own_levels(
+            model, params, members, horizon=horizon, wanted=levels, covariates=kinds
+        )
     point = np.empty((count, members, horizon))
     quantiles = np.empty((count, members, horizon, len(said)))
     unit = np.ones((count, members))
-
-    pending: tuple[np.ndarray, Any, np.ndarray, np.ndarray] | None = None
 
     def collect(rows, answer, mean, scale) -> None:
         y, q = (np.asarray(x, np.float64)[: len(rows)] for x in answer)
         point[rows] = y * scale + mean
         quantiles[rows] = q * scale[..., None] + mean[..., None]
 
+    pending: tuple[np.ndarray, Any, np.ndarray, np.ndarray] | None = None
     done = 0
     for group in passes(
         model,
@@ -360,16 +367,15 @@ def forecast(
     ):
         length, size = group.length, group.size
         for rows in _batches(group.rows, size):
-            cut = _Cut(panel, origins.take(rows if joint else rows // c), length, horizon)
-            context = cut.contexts(panel.values, None if joint else rows % c)
-            empty = _empty(context, cut, None if joint else rows % c)
+            here = origins.take(rows if joint else rows // c)
+            cut = _Cut(panel, here, length=length, horizon=horizon)
+            variates = None if joint else rows % c
+            context = cut.contexts(panel.values, variates)
+            empty = _empty(context, cut, variates)
             mean, scale = context_scale(context)
             scale[empty] = np.nan
             if season is not None:
-                unit[rows] = error_unit((context - mean) / scale, season) * scale[..., 0]
-                for row, member in np.argwhere(unit[rows] == 0):
-                    variate = int(member if joint else rows[row] % c)
-                    unit[rows[row], member] = cut.unit_of_all(int(row), variate, season)
+                unit[rows] = _units(cut, context, mean, scale, variates=variates, season=season)
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
             if on_host is None:
                 past, known = cut.covariates(size, kinds)
@@ -387,12 +393,32 @@ def forecast(
                 told(done, count)
     if pending is not None:
         collect(*pending)
-    return Found(
-        point.reshape(m, c, horizon),
-        quantiles.reshape(m, c, horizon, -1),
-        said,
-        unit.reshape(m, c),
+    return PanelForecast(
+        point=point.reshape(m, c, horizon),
+        quantiles=quantiles.reshape(m, c, horizon, -1),
+        levels=said,
+        unit=unit.reshape(m, c),
     )
+
+
+def _units(
+    cut: "_Cut",
+    context: np.ndarray,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    *,
+    variates: np.ndarray | None,
+    season: int,
+) -> np.ndarray:
+    """Units [B, M] of errors after contexts [B, M, L], in data units.
+
+    A context that does not move has the unit of all rows of the item before its origin.
+    """
+    units = error_unit((context - mean) / scale, season) * scale[..., 0]
+    for row, member in np.argwhere(units == 0):
+        variate = int(member if variates is None else variates[row])
+        units[row, member] = cut.unit_of_all(int(row), variate, season)
+    return units
 
 
 def error_unit(z: np.ndarray, season: int) -> np.ndarray:
@@ -511,7 +537,7 @@ class _Cut:
 
 
 def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.ndarray:
-    """Which contexts [B, C] hold no value.
+    """Mark the contexts [B, C] that hold no value.
 
     Raises: DataError naming items (and targets) where that is the end of the item.
     """

@@ -17,7 +17,7 @@ PENALTIES = np.logspace(-3, 3, 10)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class RandomConvolution:
     """One random convolution: weights [channels, length] on some channels, bias,
     dilation, padding.
     """
@@ -29,7 +29,9 @@ class Kernel:
     padding: int
 
 
-def draw_kernels(seed: int, n_channels: int, n_steps: int, count: int = KERNELS) -> list[Kernel]:
+def draw_kernels(
+    seed: int, n_channels: int, n_steps: int, count: int = KERNELS
+) -> list[RandomConvolution]:
     """Draw kernels for series [n_channels, n_steps].
 
     Length 7, 9 or 11 (as far as the series has room); weights N(0, 1) less their mean; bias
@@ -48,11 +50,19 @@ def draw_kernels(seed: int, n_channels: int, n_steps: int, count: int = KERNELS)
         channels = rng.choice(n_channels, size=min(size, n_channels), replace=False)
         weights = rng.normal(size=(len(channels), length))
         weights -= weights.mean(axis=1, keepdims=True)
-        kernels.append(Kernel(channels, weights, float(rng.uniform(-1, 1)), dilation, padding))
+        kernels.append(
+            RandomConvolution(
+                channels=channels,
+                weights=weights,
+                bias=float(rng.uniform(-1, 1)),
+                dilation=dilation,
+                padding=padding,
+            )
+        )
     return kernels
 
 
-def features(values: np.ndarray, kernels: Sequence[Kernel]) -> np.ndarray:
+def features(values: np.ndarray, kernels: Sequence[RandomConvolution]) -> np.ndarray:
     """Give two features of every kernel, its largest response and the share of positive ones.
 
     values: [N, C, T]; every example and channel is scaled to mean 0 and std 1, and missing values
@@ -73,7 +83,7 @@ def features(values: np.ndarray, kernels: Sequence[Kernel]) -> np.ndarray:
     return found
 
 
-def _response(x: np.ndarray, kernel: Kernel) -> np.ndarray:
+def _response(x: np.ndarray, kernel: RandomConvolution) -> np.ndarray:
     """Convolve x [N, channels, T] with a kernel, [N, T']."""
     x = np.pad(x, ((0, 0), (0, 0), (kernel.padding, kernel.padding)))
     length = kernel.weights.shape[1]
@@ -124,5 +134,5 @@ def classify(
     labels = np.asarray(labels)
     if len(np.unique(labels)) < 2:
         raise ValueError("a classifier needs at least two classes among the training examples")
-    kernels = draw_kernels(seed, train.shape[1], train.shape[2], count)
+    kernels = draw_kernels(seed, train.shape[1], train.shape[2], count=count)
     return ridge(features(train, kernels), labels, features(test, kernels))

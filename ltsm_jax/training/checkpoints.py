@@ -78,11 +78,11 @@ class RunFolder:
         self.metrics = self.timing = self.files = None  # open on the first host
         self.broken: WriteError | None = None
         token = hosts.on_first(self._open, config)
-        hosts.together(self._see, token)
+        hosts.on_every_host(self._see, token)
 
     def _open(self, config: Mapping[str, Any]) -> str:
         token = (
-            uuid.uuid4().hex if hosts.count() > 1 else ""
+            uuid.uuid4().hex if hosts.process_count() > 1 else ""
         )  # by which the others see that it is the same folder
         with contextlib.ExitStack() as files, self._writing():
             asked = json.loads(json.dumps(config))
@@ -191,7 +191,7 @@ class RunFolder:
             for p, x in flat_like.items()
         }
         with _damage(self.folder, steps):
-            position = hosts.together(_position, self.folder, steps[-1])
+            position = hosts.on_every_host(_position, self.folder, steps[-1])
         if position.get("config_sha256", self.config_sha256) != self.config_sha256:
             raise storage.DamagedError(
                 f"{self.folder / CONFIG} was edited: checkpoint {self.path(steps[-1]).name} is of "
@@ -199,7 +199,7 @@ class RunFolder:
             )
         with _damage(self.folder, steps):
             tree = storage.load_tree(
-                path_of(self.folder, steps[-1]) / STATE, trees.unflatten(shapes)
+                checkpoint_path(self.folder, steps[-1]) / STATE, trees.unflatten(shapes)
             )
         flat = trees.flatten(tree)
         hosts.on_first(self._cut_metrics, position["metrics_bytes"], position["metrics_sha256"])
@@ -232,7 +232,7 @@ class RunFolder:
 
         facts: dict[str, Any] = dict(position) | hosts.on_first(begin)
         write = storage.begin_save(temporary / STATE, trees.unflatten(trees.flatten(tree)))
-        if hosts.count() > 1:
+        if hosts.process_count() > 1:
             self.pending, self.unsealed = (
                 self.writer.submit(self._reported, path, write),
                 (temporary, facts),
@@ -261,7 +261,7 @@ class RunFolder:
         """
         if self.unsealed is not None:
             (temporary, position), self.unsealed = self.unsealed, None
-            hosts.together(self._join)
+            hosts.on_every_host(self._join)
             if hosts.first():
                 self.pending = self.writer.submit(
                     self._reported,
@@ -273,7 +273,7 @@ class RunFolder:
         """Return when nothing is being written. Raises: WriteError when that failed, on whichever
         host.
         """
-        while hosts.count() > 1:
+        while hosts.process_count() > 1:
             busy, failed = np.any(hosts.agree(self.saving, self.failed), axis=0)
             if failed:
                 self._give_up()
@@ -284,7 +284,7 @@ class RunFolder:
                 self.poll()
                 continue
             break
-        hosts.together(self._join)
+        hosts.on_every_host(self._join)
 
     def _give_up(self) -> None:
         """A host could not write its part. What the others write waits for it inside Orbax, for
@@ -307,12 +307,13 @@ class RunFolder:
         try:
             work()
         except Exception as err:  # tensorstore reports a full disk as a ValueError
-            if hosts.count() == 1:  # others may be writing there; the next launch takes it away
+            # Of several hosts, others may be writing there; the next launch takes it away.
+            if hosts.process_count() == 1:
                 shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
+            whole = [checkpoint_path(self.folder, step).name for step in steps(self.folder)]
             raise WriteError(
                 f"could not write checkpoint {path}: {_reason(err)}\n"
-                "Whole before it: "
-                f"{', '.join(path_of(self.folder, s).name for s in steps(self.folder)) or 'none'}. "
+                f"Whole before it: {', '.join(whole) or 'none'}. "
                 "Make room or allow writing there, then give the same command again to go on."
             ) from err
 
@@ -361,8 +362,8 @@ class RunFolder:
                     self.files.close()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return path_of(self.folder, step)
+        """Path of the checkpoint of a step."""
+        return checkpoint_path(self.folder, step)
 
     def _cut_metrics(self, size: int, sha256: str | None = None) -> None:
         path = self.folder / METRICS
@@ -394,14 +395,14 @@ class RunFolder:
             with self._writing():
                 yield
         except WriteError as err:
-            if hosts.count() == 1:
+            if hosts.process_count() == 1:
                 raise
             self.broken = err
 
 
 def gave_up() -> bool:
-    """Whether a write was given up because another host failed: a thread still waits for that host,
-    and the end of this process would wait for the thread.
+    """Return whether a write was given up because another host failed: a thread still waits for
+    that host, and the end of this process would wait for the thread.
     """
     return _gave_up
 
@@ -454,7 +455,7 @@ def read_checkpoint(
     there = there[: there.index(there[-1] if step is None else step) + 1]
     with _damage(folder, there):
         position = _position(folder, there[-1])
-    tree = storage.load_tree(path_of(folder, there[-1]) / STATE, like, only=only)
+    tree = storage.load_tree(checkpoint_path(folder, there[-1]) / STATE, like, only=only)
     return tree, position
 
 
@@ -520,13 +521,13 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step_")) for p in (folder / CHECKPOINTS).glob("step_*"))
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Path of the checkpoint of a step."""
     return folder / CHECKPOINTS / f"step_{step:08d}"
 
 
 def _position(folder: Path, step: int) -> dict[str, Any]:
-    position = storage.read_record(path_of(folder, step) / POSITION)
+    position = storage.read_record(checkpoint_path(folder, step) / POSITION)
     if position["step"] != step:
         raise storage.DamagedError(f"it is of step {position['step']}: the folder was renamed")
     return position
@@ -538,9 +539,9 @@ def _damage(folder: Path, there: list[int]):
     try:
         yield
     except (ValueError, FileNotFoundError) as err:
-        path = path_of(folder, there[-1])
+        path = checkpoint_path(folder, there[-1])
         back = (
-            f"to go on from {path_of(folder, there[-2]).name}"
+            f"to go on from {checkpoint_path(folder, there[-2]).name}"
             if len(there) > 1
             else "to start the run again"
         )

@@ -16,7 +16,7 @@ class Waited:
 
     def __init__(self):
         self.stretches: list[tuple[float, float]] = []
-        self.thread = threading.get_ident()  # what other threads compile, nobody here waits for
+        self.thread = threading.get_ident()  # compilations of other threads do not delay this one
 
     @property
     def seconds(self) -> float:
@@ -51,5 +51,5 @@ def measured() -> Iterator[Waited]:
     finally:
         _open.remove(waited)
         if not _open:
-            with contextlib.suppress(AssertionError):  # somebody has cleared all listeners
+            with contextlib.suppress(AssertionError):  # all listeners were cleared elsewhere
                 jax.monitoring.unregister_event_time_span_listener(_listen)

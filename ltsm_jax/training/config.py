@@ -56,8 +56,8 @@ def keys(seed: int) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train. What is left out of the first seven fields, None, is for a recipe and the
-    caller to say.
+    """Settings of training. Of the first seven fields, those that are None are left to a recipe and
+    the caller.
 
     `TrainConfig(epochs=1)` changes the epochs of a recipe and nothing else of it: see `filled`.
 
@@ -171,7 +171,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def require_filled(self) -> None:
-        """Raises: ValueError naming the fields that nobody has said."""
+        """Raises: ValueError naming the fields that are still None."""
         if self.unfilled:
             raise ValueError(
                 f"the TrainConfig does not say {', '.join(self.unfilled)}: give them, or fill them "

@@ -8,7 +8,7 @@ whose loss is not finite, changes no more, and the others go on.
 
 Whether lanes are quicker depends on machine and model: a batched step of eight small models keeps
 an accelerator busy that one of them leaves idle, while the cores of a CPU are busy already. So a
-few steps of each way are timed first (`Choice`).
+few steps of each way are timed first (`LanePlan`).
 
     folder/choice.json    which way was chosen for which shapes, so that a sweep goes on as it began
     folder/lanes-<id>/    a run folder of all lanes; gone when each has a run folder of its own
@@ -34,7 +34,7 @@ import numpy as np
 from ltsm_jax import hosts, sharding, stacks, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.stacks import Over, Stack
+from ltsm_jax.stacks import Over, TreeStack
 from ltsm_jax.training import checkpoints, compiling, loop, memory, parts, progress, step
 from ltsm_jax.training.config import FREE, MOST_STEPS, TrainConfig, keys
 from ltsm_jax.training.loop import FitResult, NonFiniteError
@@ -45,7 +45,7 @@ Way = Literal["batched", "mapped", "separate"]
 ASKED: tuple[Asked, ...] = get_args(Asked)
 Outcome = FitResult | NonFiniteError
 # Scores of every lane: how to compute for each of them, and a stack of their parameters.
-Evaluate = Callable[[Over, Stack], Sequence[Mapping[str, Any]]]
+Evaluate = Callable[[Over, TreeStack], Sequence[Mapping[str, Any]]]
 
 # Fields of a TrainConfig that lanes must have in common, as they are in the program, and those in
 # which they may differ. A run with any other field that is not at its default is none of these.
@@ -104,8 +104,8 @@ CHOICE = "choice.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """How runs that are alike are to be trained.
+class LanePlan:
+    """Plan for training runs that are alike.
 
     Attributes:
       way: "batched" or "mapped", see `stacks.Over`, or "separate", one run after the other.
@@ -128,7 +128,7 @@ def signature(job: Mapping[str, Any]) -> Hashable | None:
     job: arguments of `training.fit` by name.
     """
     config, plain = job["config"], TrainConfig()
-    if hosts.count() > 1 or any(name not in JOB for name in job):
+    if hosts.process_count() > 1 or any(name not in JOB for name in job):
         return None
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -145,19 +145,24 @@ def signature(job: Mapping[str, Any]) -> Hashable | None:
     trainable = (
         None if chosen is None or all(jax.tree.leaves(chosen)) else tuple(jax.tree.leaves(chosen))
     )
+    leaves = tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in shapes)
+    settings = tuple(getattr(config, name) for name in ALIKE)
+    absent = tuple(job.get(name) is None for name in ("validate", "watch", "folder"))
     return (
         structure,
-        tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in shapes),
+        leaves,
         trainable,
         (jax.tree.structure(source), storage.sha256_of(source)),
-        tuple(getattr(config, name) for name in ALIKE),
+        settings,
         (placement, job.get("select", "mse")),
-        tuple(job.get(name) is None for name in ("validate", "watch", "folder")),
+        absent,
     )
 
 
 def _whole_everywhere(params: Tree, source: Any, placement: Placement) -> bool:
-    """Whether each device of the mesh can train alone: it has all parameters and all windows."""
+    """Return whether each device of the mesh can train alone: it has all parameters and all
+    windows.
+    """
     leaves = [*jax.tree.leaves(params), *jax.tree.leaves(source.over(placement.mesh))]
     return all(leaf.is_fully_replicated for leaf in leaves if hasattr(leaf, "is_fully_replicated"))
 
@@ -171,7 +176,7 @@ def _whole_everywhere(params: Tree, source: Any, placement: Placement) -> bool:
     static_argnames=("over", "batch_size", "rule", "how"),
     donate_argnames=("moving", "opt_state"),
 )
-def advance(
+def advance_lanes(
     moving,
     opt_state,
     alive,
@@ -197,7 +202,7 @@ def advance(
       first: number in the run of the first step.
     Returns: parameters, optimiser state, losses [L, MOST_STEPS], steps taken [L].
     """
-    state = Stack.whole({"params": moving, "optimizer": opt_state, "alive": alive})
+    state = TreeStack.whole({"params": moving, "optimizer": opt_state, "alive": alive})
     common = {"source": source, "place": place, "count": count, "first": first}
     settings = {"batch_size": batch_size, "rule": rule, "how": how}
     if over.mode == "mapped":
@@ -243,12 +248,12 @@ def _at_once(state, fixed, turn, *, shared, batch_size, rule, how):
             now["params"],
             now["optimizer"],
             fixed["frozen"],
-            shared["source"],
-            rows,
-            turn["rates"][shared["place"] + at],
-            jax.random.fold_in(turn["key"], shared["first"] + at),
-            fixed["loss_fn"],
-            fixed["penalty"],
+            source=shared["source"],
+            rows=rows,
+            rate=turn["rates"][shared["place"] + at],
+            key=jax.random.fold_in(turn["key"], shared["first"] + at),
+            loss_fn=fixed["loss_fn"],
+            penalty=fixed["penalty"],
             tx=tx,
             how=how,
             placement=Placement(),
@@ -263,7 +268,7 @@ def _at_once(state, fixed, turn, *, shared, batch_size, rule, how):
 
     def one(carry):
         i, now, done, losses = carry
-        new, loss = batched.each(lane, Stack.whole(now), fixed, turn, shared=i)
+        new, loss = batched.each(lane, TreeStack.whole(now), fixed, turn, shared=i)
         return i + 1, new, done + new["alive"], losses.at[:, i].set(loss)
 
     def more(carry):
@@ -323,16 +328,16 @@ class Sweep:
             trainable = trees.select(params, None) if trainable is None else trainable
             moving, frozen = trees.partition(params, trainable)
             fitting = loop.Fitting(
-                job["config"],
-                step.as_pytree(job["loss_fn"]),
-                step.as_pytree(job.get("penalty")),
-                source,
-                moving,
-                frozen,
-                job.get("validate"),
-                Placement(),
-                job.get("select", "mse"),
-                job.get("watch"),
+                config=job["config"],
+                loss_fn=step.as_pytree(job["loss_fn"]),
+                penalty=step.as_pytree(job.get("penalty")),
+                source=source,
+                moving=moving,
+                frozen=frozen,
+                validate=job.get("validate"),
+                placement=Placement(),
+                select=job.get("select", "mse"),
+                watch=job.get("watch"),
             )
             fitting.position = loop.Position()
             self.fittings.append(fitting)
@@ -356,13 +361,13 @@ class Sweep:
         self.seconds = self.compile_seconds = 0.0
         self.run: checkpoints.RunFolder | None = None
 
-    def stacked(self, lanes: Sequence[Tree]) -> Stack:
+    def stacked(self, lanes: Sequence[Tree]) -> TreeStack:
         """Stack a tree of each lane, those that fill up the devices included."""
         return self.over.stack([*lanes, *[lanes[-1]] * self.surplus])
 
     @property
     def alive(self) -> list[bool]:
-        """Which lanes have steps to take."""
+        """Mask of the lanes that have steps to take."""
         pairs = zip(self.fittings, self.failed, strict=True)
         return [not fitting.position.finished and failed is None for fitting, failed in pairs]
 
@@ -497,7 +502,7 @@ class Sweep:
         """
         alive = np.array([*self.alive, *[False] * self.surplus])
         first = self.first
-        self.state["params"], self.state["optimizer"], losses, done = advance(
+        self.state["params"], self.state["optimizer"], losses, done = advance_lanes(
             self.state["params"],
             self.state["optimizer"],
             alive,
@@ -558,14 +563,14 @@ class Sweep:
     def validate(self, alive: Sequence[int]) -> dict[int, Mapping[str, Any]]:
         """Score the lanes that are `alive`."""
         if self.evaluate is not None:
-            params = Stack.whole(self.state["params"]).merge(self._frozen())
+            params = TreeStack.whole(self.state["params"]).merge(self._frozen())
             scores = self.evaluate(self.over, params)
             return {lane: scores[lane] for lane in alive}
         found = {}
         for lane in alive:
             fitting = self.fittings[lane]
             found[lane] = fitting.validate(
-                trees.merge(self.of_lane("params", lane), fitting.frozen)
+                trees.combine(self.of_lane("params", lane), fitting.frozen)
             )
         return found
 
@@ -574,9 +579,9 @@ class Sweep:
         fitting = self.fittings[lane]
         if fitting.watch is None:
             return {}
-        return fitting.watch(trees.merge(self.of_lane("params", lane), fitting.frozen), epoch + 1)
+        return fitting.watch(trees.combine(self.of_lane("params", lane), fitting.frozen), epoch + 1)
 
-    def _frozen(self) -> Stack:
+    def _frozen(self) -> TreeStack:
         return self.stacked([fitting.frozen for fitting in self.fittings])
 
     def record(self, lane: int, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -634,8 +639,8 @@ class Sweep:
         if (failed := self.failed[lane]) is not None:
             return failed
         fitting, share = self.fittings[lane], 1 / len(self.jobs)
-        last = trees.merge(self.of_lane("params", lane), fitting.frozen)
-        best = trees.merge(self.of_lane("best", lane), fitting.frozen) if self.validates else last
+        last = trees.combine(self.of_lane("params", lane), fitting.frozen)
+        best = trees.combine(self.of_lane("best", lane), fitting.frozen) if self.validates else last
         return FitResult(
             params=best,
             last_params=last,
@@ -673,7 +678,12 @@ def record_of(job: Mapping[str, Any]) -> dict[str, Any]:
     trainable = trees.select(params, None) if trainable is None else trainable
     select = job.get("select", "mse") if job.get("validate") else None
     return loop.config_record(
-        job["config"], job.get("facts"), params, trainable, job["train_source"], select
+        job["config"],
+        job.get("facts"),
+        params,
+        trainable=trainable,
+        source=job["train_source"],
+        select=select,
     )
 
 
@@ -681,9 +691,9 @@ def record_of(job: Mapping[str, Any]) -> dict[str, Any]:
 # which way
 
 
-def choose(
+def plan_lanes(
     jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: bool = False
-) -> Choice:
+) -> LanePlan:
     """Choose how to train runs of one `signature`, by timing a few steps of each way where that is
     worth its time.
 
@@ -694,26 +704,26 @@ def choose(
     separate = f"{n} runs one after the other"
     short = f"{separate}: too short to find out whether lanes are quicker"
     if on_cpu and asked != "on" and n * Sweep(jobs[:1], Over("mapped")).total < FEWEST_STEPS:
-        return Choice("separate", 1, short)
+        return LanePlan("separate", 1, short)
     if asked == "on":
         room, able = _ways(jobs, mesh, writes)
         if not able:
-            return Choice("separate", 1, f"{separate}: memory has room for one")
+            return LanePlan("separate", 1, f"{separate}: memory has room for one")
         way: stacks.Mode = "mapped" if on_cpu and "mapped" in able else able[0]
-        return Choice(way, room[way], f"{n} lanes, {way}, as asked for")
+        return LanePlan(way, room[way], f"{n} lanes, {way}, as asked for")
 
     # First what may settle it: the memory of lanes takes two traces of a step to find out.
     alone = _Timed(_separate(jobs[0]), 1)
     work = alone.seconds * n * alone.work.total
     worth = WORTH_TIMING_TINY if alone.seconds < TINY_STEP else WORTH_TIMING
     if on_cpu and work < worth * max(alone.compile_seconds, LEAST_COMPILING):
-        return Choice("separate", 1, short)
+        return LanePlan("separate", 1, short)
     if on_cpu and alone.seconds > LONG_STEP:
         took = f"a step of one keeps the processor busy for {alone.seconds:.2f} s"
-        return Choice("separate", 1, f"{separate}: {took}")
+        return LanePlan("separate", 1, f"{separate}: {took}")
     room, able = _ways(jobs, mesh, writes)
     if not able:
-        return Choice("separate", 1, f"{separate}: memory has room for one")
+        return LanePlan("separate", 1, f"{separate}: memory has room for one")
     dispatch = min(TIMED_SHARE * work / (2 * ROUNDS * len(able)), TIMED_SECONDS)
     ratios: dict[stacks.Mode, float] = {}
     for way in able:
@@ -736,8 +746,8 @@ def choose(
         way = "mapped"
     if ratios[way] > GAIN:
         said = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items())
-        return Choice("separate", 1, f"{separate}: lanes would take {said} the time")
-    return Choice(
+        return LanePlan("separate", 1, f"{separate}: lanes would take {said} the time")
+    return LanePlan(
         way, room[way], f"{n} lanes, {way}: {ratios[way]:.2f}x the time of one after the other"
     )
 
@@ -756,21 +766,21 @@ def _ways(
 
 
 def _separate(job: Mapping[str, Any]) -> loop.Fitting:
-    """One run where its parameters lie, ready to take steps that nobody keeps."""
+    """Set up one run on its own devices for steps whose results are discarded."""
     sweep = Sweep([job], Over("mapped"))
-    params = sharding.together(jax.tree.map(step.strong, job["params"]))
+    params = sharding.colocate(jax.tree.map(step.strong, job["params"]))
     moving, frozen = trees.partition(params, sweep.trainable[0])
     one = sweep.first
     fitting = loop.Fitting(
-        one.config,
-        one.loss_fn,
-        one.penalty,
-        job["train_source"],
-        moving,
-        frozen,
-        one.validate,
-        Placement.of(params),
-        one.select,
+        config=one.config,
+        loss_fn=one.loss_fn,
+        penalty=one.penalty,
+        source=job["train_source"],
+        moving=moving,
+        frozen=frozen,
+        validate=one.validate,
+        placement=Placement.of(params),
+        select=one.select,
     )
     fitting.start(moving, None)
     return fitting
@@ -805,7 +815,7 @@ class _Timed:
 
 
 def _room(jobs: Sequence[Mapping[str, Any]], over: Over, writes: bool) -> int:
-    """How many lanes memory has room for."""
+    """Count the lanes that memory has room for."""
     free = memory.available()
     if free is None:
         return len(jobs)
@@ -814,8 +824,8 @@ def _room(jobs: Sequence[Mapping[str, Any]], over: Over, writes: bool) -> int:
         one.shapes,
         one.frozen,
         one.source,
-        one.loss_fn,
-        one.keys["dropout"],
+        loss_fn=one.loss_fn,
+        key=one.keys["dropout"],
         batch_size=one.batch_size,
         how=one.how,
         placement=Placement(),
@@ -836,7 +846,7 @@ def _room(jobs: Sequence[Mapping[str, Any]], over: Over, writes: bool) -> int:
 
 
 @hosts.interruptible()
-def fit(
+def fit_jobs(
     jobs: Sequence[Mapping[str, Any]],
     *,
     lanes: Asked = "auto",
@@ -867,33 +877,35 @@ def fit(
     together = lanes != "off" and len(jobs) > 1 and signature(jobs[0]) is not None
     if together:
         for members, over, place in _begun(jobs, folder):
-            outcomes |= _as_lanes(jobs, members, over, place, evaluate)
+            outcomes |= _as_lanes(jobs, members, over, place=place, evaluate=evaluate)
         fresh = [i for i in range(len(jobs)) if i not in outcomes and not _has_checkpoint(jobs[i])]
         # A folder without a checkpoint may still say another number of parts.
         numbers = [jobs[i]["config"].accumulate for i in fresh]
         fresh = [i for i, number in zip(fresh, numbers, strict=True) if number == numbers[0]]
         if len(fresh) > 1:
-            choice = _chosen(jobs, fresh, lanes, folder)
+            choice = _chosen(jobs, fresh, lanes, folder=folder)
             if choice.way != "separate":
                 over = Over(choice.way, Placement.of(jobs[0]["params"]).mesh)
                 for members in _chunks(fresh, choice.most):
                     place = (
                         None if folder is None else Path(folder) / f"lanes-{_digest(jobs, members)}"
                     )
-                    outcomes |= _as_lanes(jobs, members, over, place, evaluate)
+                    outcomes |= _as_lanes(jobs, members, over, place=place, evaluate=evaluate)
     for i, job in enumerate(jobs):
         if i not in outcomes and (others or _is_finished(job)):
             outcomes[i] = _by_itself(job)
     return [outcomes.get(i) for i in range(len(jobs))]
 
 
-def together(
+def fit_as_lanes(
     jobs: Sequence[Mapping[str, Any]], over: Over, evaluate: Evaluate | None = None
 ) -> list[Outcome]:
     """Train runs of one `signature` as lanes of one program, whatever would be quicker; nothing is
     kept on disk.
     """
-    found = _as_lanes([_settled(job) for job in jobs], range(len(jobs)), over, None, evaluate)
+    found = _as_lanes(
+        [_settled(job) for job in jobs], range(len(jobs)), over, place=None, evaluate=evaluate
+    )
     return [found[i] for i in range(len(jobs))]
 
 
@@ -910,9 +922,9 @@ def _settled(job: Mapping[str, Any]) -> dict[str, Any]:
         job["config"],
         moving,
         frozen,
-        job["train_source"],
-        step.as_pytree(job["loss_fn"]),
-        keys(job["config"].seed or 0)["dropout"],
+        source=job["train_source"],
+        loss_fn=step.as_pytree(job["loss_fn"]),
+        key=keys(job["config"].seed or 0)["dropout"],
         placement=Placement.of(params),
         folder=job.get("folder"),
     )
@@ -953,7 +965,7 @@ def _chosen(
     members: Sequence[int],
     asked: Asked,
     folder: str | Path | None,
-) -> Choice:
+) -> LanePlan:
     """Choose, or take the choice of an earlier launch, with whose bits the sweep has to go on."""
     some = [jobs[i] for i in members]
     file = None if folder is None else Path(folder) / CHOICE
@@ -971,9 +983,9 @@ def _chosen(
     if file is not None and file.is_file():
         known = storage.read_record(file)["choices"]
     if key in known:
-        choice = Choice(known[key]["way"], known[key]["most"], f"{known[key]['why']} (as before)")
+        choice = LanePlan(known[key]["way"], known[key]["most"], f"{known[key]['why']} (as before)")
     else:
-        choice = choose(some, asked, writes=folder is not None)
+        choice = plan_lanes(some, asked, writes=folder is not None)
     if file is not None and key not in known:
         file.parent.mkdir(parents=True, exist_ok=True)
         storage.write_record(file, {"choices": known | {key: dataclasses.asdict(choice)}})

@@ -73,7 +73,7 @@ class NonFiniteError(ValueError):
 
 @dataclasses.dataclass
 class Position:
-    """Where a run is: everything of its state that is not an array on the device."""
+    """Position of a run: everything of its state that is not an array on the device."""
 
     step: int = 0
     loss_sum: float = 0.0  # over the windows of this epoch so far
@@ -177,14 +177,21 @@ def fit(
         watch=watch,
     )
     config, frozen = fitting.config, fitting.frozen
-    params = trees.merge(moving, frozen)
+    params = trees.combine(moving, frozen)
 
     run, takes = None, ""
     if folder is None or not hosts.on_first(checkpoints.begun, folder):
         # it traces the loss: what is refused here has made no folder
         takes = fitting.check_memory(allocated=0, writes=folder is not None)
     if folder is not None:
-        record = config_record(config, facts, params, trainable, train_source, validate and select)
+        record = config_record(
+            config,
+            facts,
+            params,
+            trainable=trainable,
+            source=train_source,
+            select=validate and select,
+        )
         run = checkpoints.RunFolder(folder, record, config.keep_checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext():
         fitting.start(moving, run)
@@ -203,10 +210,10 @@ def fit(
                 fitting.train(run, bar)
 
     state, position = fitting.state, fitting.position
-    last = trees.merge(state["params"], frozen)
+    last = trees.combine(state["params"], frozen)
     kept = state["best"] if validate else state.get("average", state["params"])
     return FitResult(
-        params=trees.merge(kept, frozen),
+        params=trees.combine(kept, frozen),
         last_params=last,
         history=position.history,
         best_epoch=position.best_epoch,
@@ -267,7 +274,7 @@ def _prepared(
 
     Raises: ValueError where nothing is to be trained.
     """
-    params = sharding.together(jax.tree.map(step.strong, params))
+    params = sharding.colocate(jax.tree.map(step.strong, params))
     trainable = trees.select(params, None) if trainable is None else trainable
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
@@ -277,23 +284,23 @@ def _prepared(
         config,
         moving,
         frozen,
-        source,
-        loss,
-        keys(config.seed or 0)["dropout"],
+        source=source,
+        loss_fn=loss,
+        key=keys(config.seed or 0)["dropout"],
         placement=placement,
         folder=folder,
     )
     fitting = Fitting(
-        config,
-        loss,
-        step.as_pytree(penalty),
-        source,
-        moving,
-        frozen,
-        validate,
-        placement,
-        select,
-        watch,
+        config=config,
+        loss_fn=loss,
+        penalty=step.as_pytree(penalty),
+        source=source,
+        moving=moving,
+        frozen=frozen,
+        validate=validate,
+        placement=placement,
+        select=select,
+        watch=watch,
     )
     return fitting, moving, trainable
 
@@ -336,7 +343,11 @@ class Fitting:
                 f"{MOST_OF_ALL} steps"
             )
         self.rates = optimizers.schedule(
-            config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup
+            config.schedule,
+            config.lr,
+            config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            warmup=config.warmup,
         )
         self.rule = optimizers.Rule.of(config)
         self.keys = placement.replicate(keys(config.seed or 0))
@@ -345,10 +356,10 @@ class Fitting:
         self.run: checkpoints.RunFolder | None = None
         self.shapes = jax.eval_shape(self.state_of, moving)
         self.shardings: Tree | None = None
-        self.layout: step.Layout | None = None
+        self.layout: step.StateLayout | None = None
         if self.mesh is not None:
             self.shardings = sharding.like(self.shapes, moving, self.mesh)
-            self.layout = step.Layout.of(self.mesh, self.shardings)
+            self.layout = step.StateLayout.of(self.mesh, self.shardings)
             self.shapes = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                 self.shapes,
@@ -380,7 +391,7 @@ class Fitting:
         if self.shardings is not None:
             self.state = jax.jit(self.state_of, out_shardings=self.shardings)(moving)
         else:
-            self.state = sharding.together(self.state_of(moving))
+            self.state = sharding.colocate(self.state_of(moving))
 
     def check_memory(self, *, allocated: int, writes: bool) -> str:
         """Say what training takes, of which `allocated` bytes a device are taken already.
@@ -391,8 +402,8 @@ class Fitting:
             self.shapes,
             self.frozen,
             self.source,
-            self.loss_fn,
-            self.keys["dropout"],
+            loss_fn=self.loss_fn,
+            key=self.keys["dropout"],
             batch_size=self.batch_size,
             how=self.how,
             placement=self.placement,
@@ -580,8 +591,8 @@ class Fitting:
     def end_epoch(self, epoch: int) -> None:
         """Validation, selection, and whether this was the last epoch."""
         kept = self.to_keep(epoch)
-        found = self.validate(trees.merge(kept, self.frozen)) if self.validate else None
-        watched = self.watch(trees.merge(kept, self.frozen), epoch + 1) if self.watch else {}
+        found = self.validate(trees.combine(kept, self.frozen)) if self.validate else None
+        watched = self.watch(trees.combine(kept, self.frozen), epoch + 1) if self.watch else {}
         if self.judge(epoch, found, watched):
             self.state["best"] = jax.tree.map(jnp.copy, kept)
         if self.config.swa:
@@ -681,20 +692,20 @@ class Fitting:
         loss, grads = step.gradients_of(
             self.state["params"], self.frozen, placed, key, self.loss_fn, self.penalty, self.how
         )
-        params = trees.merge(self.state["params"], self.frozen)
+        params = trees.combine(self.state["params"], self.frozen)
         describe = getattr(self.source, "describe", lambda window: {"window": window})
         lines = [
             f"loss {float(loss)} at step {self.position.step + 1} (epoch {epoch + 1}, batch "
             f"{place + 1} of {self.steps_per_epoch})",
             diagnosis.of_tree("parameters", params),
             diagnosis.of_tree("gradients", grads),
-            *diagnosis.of_batch(batch, indices, weight, describe),
+            *diagnosis.of_batch(batch, indices, weight, describe=describe),
         ]
         return "\n".join(lines)
 
 
 class Pace:
-    """How many steps to put into the next dispatch: as many as fill DISPATCH_SECONDS."""
+    """Chooses the number of steps of the next dispatch: as many as fill DISPATCH_SECONDS."""
 
     def __init__(self, fixed: int | None):
         self.fixed, self.steps, self.compiled = fixed, fixed or 1, False
@@ -733,13 +744,14 @@ def config_record(config, facts, params, trainable, source, select) -> dict[str,
     hosts all call.
     """
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
+    shapes = {name: list(array.shape[1:]) for name, array in one.items()}
     return {
         "train": config.record(),
         "facts": dict(facts or {}),
         "selection": f"lowest validation {select}" if select else "last epoch",
         "windows": {
             "n": int(source.n),
-            "shapes": {k: list(v.shape[1:]) for k, v in one.items()},
+            "shapes": shapes,
             "sha256": hosts.on_first(
                 storage.sha256_of, source
             ),  # the others need not read it for that

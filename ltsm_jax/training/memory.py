@@ -29,7 +29,7 @@ SCRATCH = 1.4
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes that training takes of one memory.
 
     Attributes:
@@ -59,17 +59,17 @@ class Estimate:
         Raises: ValueError naming what fits, where this does not.
         """
         needed = (
-            f"about {in_words(self.fixed)} of memory for parameters and optimiser, "
-            f"{in_words(self.activations)} for a batch of {self.batch_size}"
+            f"about {size_in_words(self.fixed)} of memory for parameters and optimiser, "
+            f"{size_in_words(self.activations)} for a batch of {self.batch_size}"
         )
         if self.accumulate > 1:
             needed += f" in {self.accumulate} parts"
         if available is None:
             return needed
         if self.fits(available):
-            return f"{needed}; {in_words(available)} is available"
+            return f"{needed}; {size_in_words(available)} is available"
         raise ValueError(
-            f"training takes {needed}, but only {in_words(available)} is available: "
+            f"training takes {needed}, but only {size_in_words(available)} is available: "
             f"{self.advice(available)}"
         )
 
@@ -116,7 +116,7 @@ def estimate(
     how: step.How,
     placement: Placement,
     writes_checkpoints: bool,
-) -> Estimate:
+) -> MemoryEstimate:
     """Estimate what `training.fit` takes, from shapes alone.
 
     Args:
@@ -131,14 +131,27 @@ def estimate(
     on_cpu = jax.default_backend() == "cpu"
     sharing = len(placement.mesh.local_devices) if placement.mesh and on_cpu else 1
     kept = kept_by_backward(
-        state["params"], frozen, source, loss_fn, key, batch_size // how.accumulate, how
+        state["params"],
+        frozen,
+        source,
+        loss_fn=loss_fn,
+        key=key,
+        rows=batch_size // how.accumulate,
+        how=how,
     )
     activations = int(SCRATCH * kept * sharing / placement.row_parts)
     copies = 2 if writes_checkpoints and on_cpu else 1
     beside = 2 if how.rho else 1  # a gradient, and of SAM the weights uphill
     fixed = sharing * (copies * bytes_on_one(state) + beside * bytes_on_one(state["params"]))
-    row_parts = placement.row_parts
-    return Estimate(fixed, activations, batch_size, how.accumulate, row_parts, sharing, kept)
+    return MemoryEstimate(
+        fixed=fixed,
+        activations=activations,
+        batch_size=batch_size,
+        accumulate=how.accumulate,
+        row_parts=placement.row_parts,
+        sharing=sharing,
+        kept=kept,
+    )
 
 
 def estimate_before(
@@ -151,7 +164,7 @@ def estimate_before(
     placement: Placement,
     *,
     writes: bool,
-) -> Estimate:
+) -> MemoryEstimate:
     """Estimate what `training.fit` with a validation takes, of which nothing lies in memory yet.
 
     Args:
@@ -175,8 +188,8 @@ def estimate_before(
         shapes,
         frozen,
         source.over(placement.mesh),
-        loss_fn,
-        key,
+        loss_fn=loss_fn,
+        key=key,
         batch_size=min(config.batch_size or 1, int(source.n)),
         how=step.How.of(config),
         placement=placement,
@@ -199,10 +212,12 @@ def kept_by_backward(moving, frozen, source, loss_fn, key, rows: int, how: step.
 def _backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How):
     """Give the backward pass of one part, with all that it holds."""
     indices, weight = windows.batch_at(jnp.arange(source.n), 0, rows)
-    batch = step.gather(source, indices, weight, Placement())
+    batch = step.gather(source, indices, weight, placement=Placement())
 
     def of(moving):
-        return step.objective(moving, frozen, batch, key, loss_fn, None, how)
+        return step.objective(
+            moving, frozen, batch, key=key, loss_fn=loss_fn, penalty=None, how=how
+        )
 
     return jax.vjp(step.recomputing(of, how), moving)[1]
 
@@ -212,7 +227,7 @@ def available() -> int | None:
     None: unknown.
     """
     here = _available_here()
-    if hosts.count() == 1:
+    if hosts.process_count() == 1:
         return here
     # the host with the least decides for all; in MB, for they agree in 32 bits
     least = int(hosts.agree(-1 if here is None else here // 2**20).min())
@@ -263,6 +278,6 @@ def bytes_in(tree: Tree) -> int:
     )
 
 
-def in_words(n: int) -> str:
+def size_in_words(n: int) -> str:
     """Say a number of bytes."""
     return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"

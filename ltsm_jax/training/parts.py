@@ -70,9 +70,16 @@ def settled(
     if not undecided:
         return config
 
-    def takes(config: TrainConfig) -> memory.Estimate:
+    def takes(config: TrainConfig) -> memory.MemoryEstimate:
         return memory.estimate_before(
-            config, moving, frozen, source, loss_fn, key, placement, writes=folder is not None
+            config,
+            moving,
+            frozen,
+            source=source,
+            loss_fn=loss_fn,
+            key=key,
+            placement=placement,
+            writes=folder is not None,
         )
 
     @functools.cache  # it looks at all values, where it has to
@@ -89,14 +96,14 @@ def settled(
         parts = number_of(batch_size, kept, memory.bytes_in(moving))
         config = dataclasses.replace(config, accumulate=parts)
     remats = REMAT if "remat" in undecided else (config.remat,)
-    return that_fits(config, remats, splits, takes, memory.available())
+    return that_fits(config, remats, splits, takes=takes, available=memory.available())
 
 
 def that_fits(
     config: TrainConfig,
     remats: Sequence[str],
     splits: Callable[[], bool],
-    takes: Callable[[TrainConfig], memory.Estimate],
+    takes: Callable[[TrainConfig], memory.MemoryEstimate],
     available: int | None,
 ) -> TrainConfig:
     """Change a config as little as lets training fit into `available` bytes; where nothing does,

@@ -28,7 +28,7 @@ POLICIES = {"all but products": jax.checkpoint_policies.dots_with_no_batch_dims_
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How a gradient is computed; static under jit.
+    """Settings of a gradient's computation; static under jit.
 
     Attributes: `compute`, `accumulate`, `remat`, `rho` and `ema` of a `TrainConfig`.
     """
@@ -51,9 +51,9 @@ class How:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where parameters and optimiser state lie on a mesh; hashable, so that it may be static under
-    jit.
+class StateLayout:
+    """Placement of parameters and optimiser state on a mesh; hashable, so that it may be static
+    under jit.
     """
 
     mesh: jax.sharding.Mesh
@@ -61,7 +61,7 @@ class Layout:
     shardings: tuple[jax.sharding.NamedSharding, ...]
 
     @classmethod
-    def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "Layout":
+    def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "StateLayout":
         """Take the layout of what the step gives back out of a tree of shardings for the whole
         state.
         """
@@ -81,7 +81,7 @@ class Layout:
 
 def objective(moving, frozen, batch, key, loss_fn, penalty, how: How) -> jax.Array:
     """Compute what is minimised: the loss of a batch, and the penalty."""
-    params = trees.merge(moving, frozen)
+    params = trees.combine(moving, frozen)
     with compute_in(None if how.compute == "float32" else how.compute):
         loss = loss_fn(params, batch, key, True)
     return loss if penalty is None else loss + penalty(params)
@@ -105,11 +105,13 @@ def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, pla
 
     def of_batch(moving, batch, key):
         with rows_over(placement.mesh):
-            return objective(moving, frozen, batch, key, loss_fn, penalty, how)
+            return objective(
+                moving, frozen, batch, key=key, loss_fn=loss_fn, penalty=penalty, how=how
+            )
 
     gradients = jax.value_and_grad(recomputing(of_batch, how))
     if how.accumulate == 1:
-        return gradients(moving, gather(source, rows[0], rows[1], placement), key)
+        return gradients(moving, gather(source, rows[0], rows[1], placement=placement), key)
 
     def part(total, inputs):
         (indices, weight), number = inputs
@@ -117,7 +119,7 @@ def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, pla
         weight = jnp.where(
             share > 0, weight, 1.0
         )  # a part of padding alone has no mean; it counts 0 below
-        batch = gather(source, indices, weight, placement)
+        batch = gather(source, indices, weight, placement=placement)
         found = gradients(moving, batch, jax.random.fold_in(key, number))
         return jax.tree.map(lambda sum_, new: sum_ + share * new, total, found), None
 
@@ -179,7 +181,17 @@ def update(
     """
 
     def gradients_at(weights):
-        return _of_batch(weights, frozen, source, rows, key, loss_fn, penalty, how, placement)
+        return _of_batch(
+            weights,
+            frozen,
+            source,
+            rows=rows,
+            key=key,
+            loss_fn=loss_fn,
+            penalty=penalty,
+            how=how,
+            placement=placement,
+        )
 
     loss, grads = loss_and_gradients(gradients_at, moving, how)
     # the sum is finite only if every addend is
@@ -235,12 +247,12 @@ def advance(
             moving,
             opt_state,
             frozen,
-            source,
-            rows,
-            rates[place + i],
-            jax.random.fold_in(key, step + i),
-            loss_fn,
-            penalty,
+            source=source,
+            rows=rows,
+            rate=rates[place + i],
+            key=jax.random.fold_in(key, step + i),
+            loss_fn=loss_fn,
+            penalty=penalty,
             tx=tx,
             how=how,
             placement=placement,
@@ -376,5 +388,5 @@ def trace_step(
         batch_size=batch_size,
         rule=rule,
         how=How.of(config),
-        layout=mesh and Layout.of(mesh, placed),
+        layout=mesh and StateLayout.of(mesh, placed),
     )

@@ -40,7 +40,7 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class TimeEstimate:
     """Time of all of the work: `seconds` without compilation, `compile_seconds`; print it."""
 
     seconds: float
@@ -48,12 +48,12 @@ class Estimate:
     measured: bool = True
 
     @classmethod
-    def of(cls, piece: Piece, calls: float, programs: float = 1) -> "Estimate":
+    def of(cls, piece: Piece, calls: float, programs: float = 1) -> "TimeEstimate":
         """So many calls of a piece, and compilations of programs like its own."""
         return cls(piece.seconds * calls, piece.compile_seconds * programs, piece.measured)
 
-    def __add__(self, other: "Estimate") -> "Estimate":
-        return Estimate(
+    def __add__(self, other: "TimeEstimate") -> "TimeEstimate":
+        return TimeEstimate(
             self.seconds + other.seconds,
             self.compile_seconds + other.compile_seconds,
             self.measured and other.measured,
@@ -65,15 +65,15 @@ class Estimate:
         return self.seconds + self.compile_seconds
 
     def __str__(self) -> str:
-        said = f"about {in_words(self.total)}"
+        said = f"about {time_in_words(self.total)}"
         if self.compile_seconds >= 0.5:
-            said += f", {in_words(self.compile_seconds)} of it to compile"
+            said += f", {time_in_words(self.compile_seconds)} of it to compile"
         if not self.measured:
             said += "; reckoned from floating-point operations"
         return said
 
 
-def in_words(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
     """Say a time, coarsely: 1 s, 40 s, 3 min, 2.5 h."""
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"

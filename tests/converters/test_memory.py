@@ -60,10 +60,10 @@ def checkpoint(place, width):
     )
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), folders.shapes(model)
+        lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), folders.param_shapes(model)
     )
     place.mkdir()
     Forecaster(model, params).export(place / "original.ckpt")
-    state = originals.read(place / "original.ckpt").state
+    state = originals.read_original(place / "original.ckpt").state
     write_safetensors(place / "original.safetensors", state)
     return place / "original.safetensors"

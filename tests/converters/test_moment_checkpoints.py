@@ -4,6 +4,7 @@ exports.
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_every_head_goes_out_and_comes_back(checkpoint, tmp_path, head, sizes):
     again, tree, *_ = import_checkpoint(tmp_path / "hub")
     kept = {"n_variates": again.config.n_variates}  # nothing says it where the head reads the mean
     assert again.config == type(model.config)(**{**vars(model.config), **kept})
-    jax.tree.map(np.testing.assert_array_equal, tree, params)
+    chex.assert_trees_all_equal(tree, params)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_without_config_the_shapes_say_the_sizes(checkpoint, tmp_path):
     found, tree, provenance, _ = import_checkpoint(folder(tmp_path / "bare", state, None))
     assert widths(found.config, "attn") == widths(model.config, "attn")
     assert found.context_len == 512 // 8 * 8 and "assumed" in provenance["notes"][0]
-    jax.tree.map(np.testing.assert_array_equal, tree, params)
+    chex.assert_trees_all_equal(tree, params)
     del state[moment.BIAS]
     with pytest.raises(CheckpointError, match="Put its config.json beside"):
         import_checkpoint(folder(tmp_path / "bare", state, None))
@@ -179,5 +180,5 @@ def test_published_configs_are_read_back(name):
     fields = moment.published(PRESETS[name])
     state = {}
     assert moment.configure(state, fields, name)[0] == PRESETS[name]
-    shapes = folders.shapes(Moment(PRESETS[name]))
+    shapes = folders.param_shapes(Moment(PRESETS[name]))
     assert all(tables.key_of(moment.keys(PRESETS[name]), path) for path in trees.flatten(shapes))

@@ -80,7 +80,7 @@ def test_golden_timer_round_trip_is_byte_equal(golden, tmp_path):
 def test_golden_timer_is_loaded_straight_from_the_file(golden):
     g = golden("timer")
     model, params = ltsm_jax.load(g.checkpoint)
-    trees.require_same(folders.shapes(model), params)
+    trees.require_same(folders.param_shapes(model), params)
     rules = timer.keys(model.config)
     state = read_torch(g.checkpoint).content["state_dict"]
     prefix = timer.recognise(state).prefix
@@ -310,7 +310,9 @@ def test_float64_needs_leave_and_goes_back(tmp_path):
 
 def test_models_of_this_library_go_out(tmp_path):
     model = Timer(CONFIG)
-    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), folders.shapes(model))
+    params = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, 0.5, np.float32), folders.param_shapes(model)
+    )
     folders.save(tmp_path / "model", model, params)
     export_checkpoint(tmp_path / "model", tmp_path / "a.ckpt")
     found, same, provenance, _ = import_checkpoint(tmp_path / "a.ckpt")
@@ -321,7 +323,9 @@ def test_models_of_this_library_go_out(tmp_path):
     with pytest.raises(FileExistsError):
         export_checkpoint(tmp_path / "model", tmp_path / "a.ckpt")
     pruned = Timer(narrowed(CONFIG, 0, attn={"heads": 1}))
-    halves = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), folders.shapes(pruned))
+    halves = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, 0.5, np.float32), folders.param_shapes(pruned)
+    )
     folders.save(tmp_path / "pruned", pruned, halves)
     with pytest.raises(ValueError, match="pruned model can't be exported"):
         export_checkpoint(tmp_path / "pruned", tmp_path / "b.ckpt")

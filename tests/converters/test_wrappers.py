@@ -109,7 +109,7 @@ def test_every_family_takes_every_prefix_and_nest(tmp_path, name):
     _, state, model, _ = golden(name)
     # Each prefix once and each nest once: they are found one after the other.
     for prefix, nest in itertools.zip_longest(PREFIXES, NESTS, fillvalue=""):
-        original = originals.read(written(tmp_path, name, prefix, tuple(nest)))
+        original = originals.read_original(written(tmp_path, name, prefix, tuple(nest)))
         family, layout, original = originals.family_of(original)
         stripped, copies, problems = layout.strip(original.state)
         assert (family.MODEL, layout.prefix, problems) == (type(model), prefix, [])

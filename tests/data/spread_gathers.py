@@ -20,7 +20,7 @@ import numpy as np
 
 from ltsm_jax import sharding
 from ltsm_jax.data import windows
-from ltsm_jax.data.corpus import Scaled
+from ltsm_jax.data.corpus import ScaledWindows
 
 N_ROWS, CONTEXT, HORIZON = 101, 8, 4
 
@@ -65,7 +65,9 @@ def main(file):
                 ],
                 "held": [shard.data.shape for shard in spread.values.addressable_shards],
                 "lies": str(batch["target"].sharding.spec),
-                "scaled": close(take(Scaled(spread), last), take(Scaled(whole), last)),
+                "scaled": close(
+                    take(ScaledWindows(spread), last), take(ScaledWindows(whole), last)
+                ),
             }
     return found
 

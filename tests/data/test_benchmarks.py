@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from ltsm_jax.data import benchmarks
-from ltsm_jax.data.benchmarks import BENCHMARKS, MissingDataError, find, load_series, locate
+from ltsm_jax.data.benchmarks import (
+    BENCHMARKS,
+    MissingDataError,
+    benchmark_named,
+    load_series,
+    locate,
+)
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.splits import prepare
 
@@ -124,7 +130,7 @@ def publish(server, monkeypatch):
     ],
 )
 def test_names_and_aliases(alias, name):
-    benchmark = find(alias)
+    benchmark = benchmark_named(alias)
     assert benchmark is not None
     assert benchmark.name == name
 
@@ -136,7 +142,7 @@ def test_every_entry_is_whole():
         assert len(bytes.fromhex(digest)) == {"sha256": 32, "md5": 16}[algorithm]
         assert benchmark.url.startswith("https://")
         assert benchmark.url.endswith((".csv", ".txt.gz", ".npz"))
-    assert find("my_data") is None
+    assert benchmark_named("my_data") is None
 
 
 # ---- found here
@@ -178,7 +184,7 @@ def test_the_nearer_and_published_name_comes_first(own, publish):
         path.touch()
     found = []
     while (here := [p for p in own.rglob("*") if p.is_file()]) and here:
-        path, cached = locate(find("ECL"), download=False)
+        path, cached = locate(benchmark_named("ECL"), download=False)
         assert not cached
         found.append(str(path.relative_to(own)))
         path.unlink()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from ltsm_jax.data import DataError
-from ltsm_jax.data.corpus import Pool, Scaled, _map, _write, pool, read_folder, shared
+from ltsm_jax.data.corpus import Pool, ScaledWindows, _map, _write, pool, read_folder, shared
 
 L, H = 8, 4
 
@@ -106,7 +106,7 @@ def test_bad_arguments_and_series():
 def test_scaled_windows_have_the_scale_of_their_context():
     rng = np.random.default_rng(0)
     series = [1e4 + 1e3 * rng.normal(size=60), 1e-4 * rng.normal(size=60)]
-    source = Scaled(pool(series, L, H, stride=7).train)
+    source = ScaledWindows(pool(series, L, H, stride=7).train)
     batch = jax.jit(lambda s, i: s.gather(i))(source, jnp.arange(source.n))
     np.testing.assert_allclose(batch["context"].mean(-1), 0, atol=2e-3)
     np.testing.assert_allclose(batch["context"].std(-1), 1, atol=2e-3)
@@ -119,7 +119,7 @@ def test_scaled_windows_have_the_scale_of_their_context():
 
 def test_scaled_windows_stay_finite_where_the_target_bursts():
     quiet = np.where(np.arange(12) < L, 1e-3 * (np.arange(12) % 2), 1e6)
-    batch = Scaled(pool([quiet], L, H).train).gather(jnp.arange(1))
+    batch = ScaledWindows(pool([quiet], L, H).train).gather(jnp.arange(1))
     assert np.abs(batch["context"]).max() <= 10 and np.abs(batch["target"]).max() <= 10
 
 

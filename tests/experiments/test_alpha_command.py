@@ -104,7 +104,7 @@ def test_a_search_that_was_finished_is_not_repeated(command, folder, monkeypatch
     def again(*args, **kwargs):
         raise AssertionError("what was chosen stays")
 
-    monkeypatch.setattr(alpha, "choose", again)
+    monkeypatch.setattr(alpha, "choose_alpha", again)
     assert alpha.main(command(folder)) == 0
     assert "layers" in set(pd.read_csv(folder / "results.csv")["method"])
 

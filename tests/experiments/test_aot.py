@@ -65,7 +65,7 @@ def small_timer():
 def trace(**options):
     model, source = small_timer()
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     return step.trace_step(
         model.loss, params, source, config=TrainConfig(batch_size=16, **options).filled(PLAIN)

@@ -26,7 +26,7 @@ def quick(monkeypatch):
 def test_a_family_gives_every_number(quick):
     line = families.one("timer", "small", SMALL)
     cls = FAMILIES["timer"]
-    assert line["parameters"] == trees.count(folders.shapes(cls(cls.small())))
+    assert line["parameters"] == trees.count(folders.param_shapes(cls(cls.small())))
     assert line.keys() >= families.UNITS.keys() and "skipped" not in line
     assert all(line[name] > 0 for name in families.UNITS)
     assert line["gigabytes"] >= line["forecast_gigabytes"]
@@ -48,7 +48,7 @@ def test_a_call_is_timed_and_its_products_are_counted(quick):
 
 
 def products_of_a_forecast(model):
-    params = folders.shapes(model)
+    params = folders.param_shapes(model)
     context = jax.ShapeDtypeStruct((1, 1, 32), jnp.float32)
     return families.flops_of(lambda p, x: model.predict(p, x, 8).point, params, context)
 

@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import forked
-import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -240,9 +240,7 @@ def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numb
         for path, entry in want[kind].items():
             here = found[kind][path]
             assert here.pop("linear") == entry.pop("linear")
-            jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), here, entry
-            )
+            chex.assert_trees_all_close(here, entry, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ one layer.
 import dataclasses
 from pathlib import Path
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -195,7 +196,7 @@ def test_a_family_stands_for_its_small_size_trained_here(waves, tmp_path, monkey
     )
     monkeypatch.setattr(around.run, "run", None)  # the second time it is read
     again = around.subject(options, "timer", train=1)
-    jax.tree.map(np.testing.assert_array_equal, found.params, again.params)
+    chex.assert_trees_all_equal(found.params, again.params)
     with pytest.raises(around.UsageError, match="timer"):
         around.subject(options, "timer")
 

@@ -16,7 +16,7 @@ import ltsm_jax.training
 from experiments import folder, pretrain
 from experiments.pretrain import Pretrain
 from ltsm_jax.data import Series, synthetic
-from ltsm_jax.data.corpus import Scaled, pool
+from ltsm_jax.data.corpus import ScaledWindows, pool
 from ltsm_jax.models import folders, timer
 from ltsm_jax.tasks import forecasting
 
@@ -224,7 +224,7 @@ def test_a_shipped_model_is_small_and_says_where_it_comes_from(name):
 
 
 def test_the_model_of_medians_has_lower_absolute_errors_than_the_one_of_means():
-    windows = Scaled(pool(synthetic.generate(1, 256, 768), 672, 96).train)
+    windows = ScaledWindows(pool(synthetic.generate(1, 256, 768), 672, 96).train)
     mae = {}
     for name in ("timer-tiny", "timer-median"):
         mae[name] = forecasting.evaluate(*ltsm_jax.load(name), windows)["mae"]
@@ -236,7 +236,7 @@ def test_the_shipped_model_forecasts_series_it_has_not_seen():
     series = synthetic.generate(
         1, 256, 768
     )  # of the seed that chose its epoch, not of the one that trained it
-    windows = Scaled(pool(series, 672, 96).train)
+    windows = ScaledWindows(pool(series, 672, 96).train)
     score = lambda predictor, weights: forecasting.evaluate(predictor, weights, windows)["mse"]  # noqa: E731
     best_naive = min(score(forecasting.SeasonalNaive(season), {}) for season in (1, 24, 96))
     assert score(model, params) < 0.6 * best_naive

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,9 +74,7 @@ def test_gradients_of_all_forms_agree():
         for form in FORMS
     ]
     for other in grads[1:]:
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads[0], other
-        )
+        chex.assert_trees_all_close(grads[0], other, rtol=1e-4, atol=1e-4)
 
 
 def test_forms_of_experts_under_vmap_and_forward_derivatives():
@@ -94,7 +93,7 @@ def test_forms_of_experts_under_vmap_and_forward_derivatives():
 
     found = jax.jit(found, static_argnums=2)
     want, got = (found(x_LTD, logits_LTE, form) for form in ("dense", "turns"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), want, got)
+    chex.assert_trees_all_close(want, got, rtol=1e-4, atol=1e-3)
 
 
 def test_pruned_experts_leave_the_others_their_weights():

@@ -90,7 +90,7 @@ def test_decoder_step_by_step_is_the_decoder_at_once():
     np.testing.assert_array_equal(taps["norm"], want)
 
     def run(x):
-        cache, found = t5.empty_cache(DECODER, 4, 7), []
+        cache, found = t5.empty_decoder_cache(DECODER, 4, 7), []
         y, _, cache = stack.apply(
             {"params": params},
             x[:, :2],

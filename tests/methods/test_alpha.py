@@ -12,7 +12,7 @@ import ltsm_jax
 from ltsm_jax import training
 from ltsm_jax.landscape import split_loss
 from ltsm_jax.methods import alpha as choices
-from ltsm_jax.methods.alpha import by_curvature, choose, describe, learn
+from ltsm_jax.methods.alpha import by_curvature, choose_alpha, describe, learn
 from ltsm_jax.methods.run import run
 from ltsm_jax.methods.starts import groups_of, start_params
 from ltsm_jax.methods.strategies import sff, strategy
@@ -82,7 +82,7 @@ def test_wrong_automatic_alphas_are_refused(model, pre, splits, options, message
 
 
 def test_without_epochs_the_start_decides(model, good, splits):
-    found = choose(model, good, splits, epochs=0, grid=(0.5, 1.0))
+    found = choose_alpha(model, good, splits, epochs=0, grid=(0.5, 1.0))
     for trial in found.trials:
         begin = start_params(trial.strategy, model, good, training.keys(0)["aux"])
         assert trial.score == trial.start == evaluate(model, begin, splits.val)["mse"]
@@ -97,7 +97,7 @@ def test_groups_take_their_best_alpha_one_after_the_other(model, good, splits, m
         return sum((alpha - right[group]) ** 2 for group, alpha in candidate.start.alphas)
 
     monkeypatch.setattr(choices._Scorer, "at_start", score)
-    found = choose(model, good, splits, by="groups", epochs=0)
+    found = choose_alpha(model, good, splits, by="groups", epochs=0)
     assert dict(found.strategy.start.alphas) == right
     assert len(found.trials) == 1 + 5 * 3  # 0.7 is in the grid: each group tries three others
 
@@ -112,7 +112,7 @@ def test_a_training_that_fails_loses(model, good, splits, monkeypatch):
     with pytest.raises(
         NonFiniteError, match="at every alpha that was tried: step 3: the loss is nan"
     ):
-        choose(model, good, splits, grid=(0.5, 1.0))
+        choose_alpha(model, good, splits, grid=(0.5, 1.0))
 
 
 def test_sharpness_is_the_mean_diagonal_of_the_hessian_in_each_place():
@@ -158,7 +158,7 @@ def test_alphas_by_curvature_follow_their_formula():
 
 @pytest.mark.slow
 def test_layers_get_the_alphas_of_their_curvature(model, good, splits):
-    found = choose(model, good, splits, by="layers", epochs=0, grid=(0.7, 1.0), samples=2)
+    found = choose_alpha(model, good, splits, by="layers", epochs=0, grid=(0.7, 1.0), samples=2)
     (trial,) = found.trials
     sharpness = choices.layer_sharpness(model, good, splits, samples=2, task=Forecasting())
     assert dict(trial.strategy.start.alphas) == by_curvature(sharpness, 0.7)
@@ -222,6 +222,6 @@ def test_what_cannot_be_chosen_is_refused(model, pre, splits):
         ({"grid": (0.5, 1.5), "epochs": 0}, "between 0 and 1; got 1.5"),
     ]:
         with pytest.raises(ValueError, match=message):
-            choose(model, pre, splits, **options)
+            choose_alpha(model, pre, splits, **options)
     with pytest.raises(ValueError, match="ff mixes nothing"):
         learn(model, pre, splits, strategy("ff"))

@@ -11,12 +11,12 @@ from ltsm_jax.data.panel import Panel
 from ltsm_jax.methods.conformal import ENOUGH, GRID, Calibration, rolling_origins
 from ltsm_jax.tasks import panels
 from ltsm_jax.tasks.forecasting import SeasonalNaive
-from ltsm_jax.tasks.panels import Found, Origins, error_unit
+from ltsm_jax.tasks.panels import Origins, PanelForecast, error_unit
 
 
 def found(n=1, c=1, horizon=2, point=0.0, unit=1.0):
     shape = (n, c, horizon)
-    return Found(np.full(shape, point), np.zeros((*shape, 0)), (), np.full((n, c), unit))
+    return PanelForecast(np.full(shape, point), np.zeros((*shape, 0)), (), np.full((n, c), unit))
 
 
 def panel(*lengths, targets=1):
@@ -142,7 +142,7 @@ def test_a_context_that_does_not_move_takes_the_unit_of_the_whole_item():
     still = panel(200)
     values = np.concatenate([np.sin(np.arange(150)), np.zeros(50)])[None]
     still = dataclasses.replace(still, values=values)
-    got = panels.forecast(SeasonalNaive(), {}, still, 2, context_len=40, season=1)
+    got = panels.forecast_panel(SeasonalNaive(), {}, still, 2, context_len=40, season=1)
     assert 0.5 < got.unit[0, 0] < 1
 
 
@@ -159,7 +159,7 @@ def test_covers_what_it_says_on_rows_that_come_later():
 
     def after(panel, ends):
         origins = Origins(np.zeros(len(ends), int), ends)
-        return origins, panels.forecast(
+        return origins, panels.forecast_panel(
             SeasonalNaive(), {}, panel, 8, context_len=64, origins=origins, season=1
         )
 

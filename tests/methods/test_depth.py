@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -162,7 +163,7 @@ def test_a_shorter_model_is_saved_loaded_tuned_and_exported_like_any_other(
     ltsm_jax.save(tmp_path / "model", found.model, tuned.params)
     model, params = ltsm_jax.load(tmp_path / "model")
     assert model == found.model
-    jax.tree.map(np.testing.assert_array_equal, params, tuned.params)
+    chex.assert_trees_all_equal(params, tuned.params)
 
 
 def test_a_model_pruned_in_depth_and_width_is_exported_at_its_depth_and_the_full_width(
@@ -190,4 +191,4 @@ def test_a_model_pruned_in_depth_and_width_is_exported_at_its_depth_and_the_full
     ltsm_jax.save(tmp_path / "plain", shorter, left, provenance=made)
     assert converters.export_checkpoint(tmp_path / "plain", tmp_path / "plain.ckpt") == []
     model, back = ltsm_jax.load(tmp_path / "plain.ckpt")
-    jax.tree.map(np.testing.assert_array_equal, back, left)
+    chex.assert_trees_all_equal(back, left)

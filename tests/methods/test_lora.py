@@ -28,7 +28,7 @@ def tuned(model, pre, splits):
 
 def test_they_begin_at_the_checkpoint(model, pre):
     new = lora.adapters(model, pre, 3, jax.random.key(0))
-    merged = lora.merge(pre, new, 2.0)
+    merged = lora.merge_adapters(pre, new, 2.0)
     for (path, got), want in zip(trees.flatten(merged).items(), jax.tree.leaves(pre), strict=True):
         np.testing.assert_array_equal(got, want, err_msg=path)
     for path, leaf in trees.flatten(new).items():
@@ -43,7 +43,7 @@ def test_the_sum_is_two_thin_products_beside_the_weights(model, pre):
     new = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), new)
     kernel, merged = (
         pre["layer_0"]["attn"]["q"]["kernel"],
-        lora.merge(pre, new, 2.0)["layer_0"]["attn"]["q"]["kernel"],
+        lora.merge_adapters(pre, new, 2.0)["layer_0"]["attn"]["q"]["kernel"],
     )
     ab, x = new["layer_0"]["attn"]["q"], jax.random.normal(jax.random.key(2), (5, kernel.shape[0]))
     want = jnp.tensordot(x, kernel, 1) + 2.0 * jnp.tensordot(x @ ab["a"], ab["b"], 1)
@@ -78,14 +78,14 @@ def test_what_is_pruned_stays_pruned(model, pre, splits):
     result = run.run(
         model, pre, strategy("lora"), splits, config=CONFIG, masks=masks, show_progress=False
     )
-    again = pruning.merge(result.params, masks)
+    again = pruning.apply_masks(result.params, masks)
     for (path, got), want in zip(
         trees.flatten(result.params).items(), jax.tree.leaves(again), strict=True
     ):
         np.testing.assert_array_equal(got, want, err_msg=path)
     assert (
         result.params["layer_0"]["up"]["kernel"]
-        != pruning.merge(pre, masks)["layer_0"]["up"]["kernel"]
+        != pruning.apply_masks(pre, masks)["layer_0"]["up"]["kernel"]
     ).any()
 
 
@@ -100,7 +100,7 @@ def test_stacked_experts_have_adapters_each_and_routers_have_none():
         e, into, out = weights[path].shape
         assert flat[f"{path}/a"].shape == (e, into, 2) and flat[f"{path}/b"].shape == (e, 2, out)
     moved = jax.tree.map(lambda x: x + 0.1, new)
-    merged = trees.flatten(lora.merge(params, moved, 0.5))
+    merged = trees.flatten(lora.merge_adapters(params, moved, 0.5))
     for path in stacks:
         change = 0.5 * np.einsum(
             "eir,ero->eio", trees.flatten(moved)[f"{path}/a"], trees.flatten(moved)[f"{path}/b"]

@@ -65,11 +65,11 @@ def test_a_scale_averages_what_is_observed():
 def test_tokens_of_the_same_steps_belong_together():
     """Of two variates, 5 + 3 steps in patches of 2: counted from where the future begins."""
     past = observed_series(np.zeros((1, 2, 5)))
-    tokens, layout = multiscale.pack(past, 3, 2, 2, MultiScale(further=1))
+    tokens, layout = multiscale.pack_scales(past, 3, 2, 2, MultiScale(further=1))
     assert layout.first == 2 * 3 + 2 * 2 and layout.futures == (4, 2)
     assert [len(place) for place in layout.places] == [2 * 3 + 4, 2 * 2 + 2]
     np.testing.assert_array_equal(layout.parents[0], [0, 1, 1, 2, 3, 3, 4, 4, 5, 5])
-    np.testing.assert_array_equal(multiscale.scale_of(tokens)[0, layout.places[1]], np.ones(6))
+    np.testing.assert_array_equal(multiscale.scale_index(tokens)[0, layout.places[1]], np.ones(6))
     np.testing.assert_array_equal(tokens.variate_id[0, layout.places[1]], [0, 0, 1, 1, 0, 1])
     assert (
         np.asarray(tokens.predicted)[0, layout.first :].all()

@@ -120,7 +120,7 @@ def test_every_family_is_measured_where_it_can_be_pruned(family):
         jax.eval_shape(model.init, jax.random.key(0)),
     )
     model, params = model.for_series(params, n_variates=3, freq="h", key=jax.random.key(0))
-    mode = "ims" if model.recipe().loss == "own" else "direct"
+    mode = model.recipe().mode
     length = model.context_len + model.horizon + 1
     windows = windows_between(
         np.zeros((3, length)),

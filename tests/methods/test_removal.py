@@ -7,6 +7,7 @@ import functools
 import json
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ import converters
 from ltsm_jax import sharding, trees
 from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers
 from ltsm_jax.methods import binding, removal, run, strategies
-from ltsm_jax.methods.pruning import full_masks, keep_experts, merge
+from ltsm_jax.methods.pruning import apply_masks, full_masks, keep_experts
 from ltsm_jax.models import FAMILIES, folders, parts
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
@@ -30,7 +31,7 @@ families = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
 
-merge_in_one = jax.jit(merge)  # one program, where outside jit each shape is one
+merge_in_one = jax.jit(apply_masks)  # one program, where outside jit each shape is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
     case = case_of(name)
     merged = merge_in_one(case.params, case.masks)
     model, params, masks = removal.remove(case.model, case.params, case.masks)
-    trees.require_same(folders.shapes(model), params)
+    trees.require_same(folders.param_shapes(model), params)
     mesh: Any = sharding.make_mesh("data=1", jax.devices()[:1])
     sharding.specs(params, model.shard_rules, mesh)  # has a rule for each
     wanted = case.numbers(case.model, merged)
@@ -175,9 +176,9 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
     folders.save(tmp_path / "model", model, params)
     again, read = folders.load_folder(tmp_path / "model")
     assert again == model
-    jax.tree.map(np.testing.assert_array_equal, read, params)
+    chex.assert_trees_all_equal(read, params)
 
-    jax.tree.map(np.testing.assert_array_equal, merge_in_one(params, masks), params)
+    chex.assert_trees_all_equal(merge_in_one(params, masks), params)
     padded = removal.pad(model, params, case.model)
     trees.require_same(case.params, padded)
     same(case.numbers(case.model, padded), wanted)
@@ -189,7 +190,7 @@ def test_removing_again_removes_nothing(name):
     first = removal.remove(case.model, case.params, case.masks)
     again = removal.remove(*first)
     assert again[0] == first[0]
-    jax.tree.map(np.testing.assert_array_equal, again[1:], first[1:])
+    chex.assert_trees_all_equal(again[1:], first[1:])
 
 
 def narrow(masks, path, index):
@@ -234,7 +235,7 @@ def test_nothing_dead_is_the_model_itself():
     params = model.init(jax.random.key(0))
     small, same_params, _ = removal.remove(model, params, full_masks(model))
     assert small == model
-    jax.tree.map(np.testing.assert_array_equal, same_params, params)
+    chex.assert_trees_all_equal(same_params, params)
 
 
 def test_what_the_bias_has_lost_stays_lost():
@@ -309,7 +310,7 @@ def test_a_pruned_model_is_fine_tuned_by_every_strategy(strategy, splits, tmp_pa
     chosen = getattr(strategies, strategy)()
     result = run.run(model, params, chosen, splits, config=config, masks=masks, show_progress=False)
     tuned = result.params
-    jax.tree.map(np.testing.assert_array_equal, merge(tuned, masks), tuned)
+    chex.assert_trees_all_equal(apply_masks(tuned, masks), tuned)
     assert not np.array_equal(tuned["head"]["kernel"], params["head"]["kernel"])
     folders.save(tmp_path / "model", model, tuned)
     assert folders.load_folder(tmp_path / "model")[0] == model
@@ -324,9 +325,9 @@ def test_gradients_are_those_of_the_masked_model(name):
     model, params, masks = removal.remove(case.model, case.params, case.masks)
     batch = {"context": case.x, "target": case.target}
     key = jax.random.key(3)
-    small = jax.jit(jax.grad(lambda p: model.loss(merge(p, masks), batch, key)))(params)
-    whole = jax.jit(jax.grad(lambda p: case.model.loss(merge(p, case.masks), batch, key)))(
-        merge(case.params, case.masks)
+    small = jax.jit(jax.grad(lambda p: model.loss(apply_masks(p, masks), batch, key)))(params)
+    whole = jax.jit(jax.grad(lambda p: case.model.loss(apply_masks(p, case.masks), batch, key)))(
+        apply_masks(case.params, case.masks)
     )
     for path in ("embed/kernel", "embed_value/kernel", "norm/scale"):
         flat = trees.flatten(whole)
@@ -361,5 +362,5 @@ def test_the_original_gets_zeros_where_parts_are_missing(name, tmp_path):
     assert "written at full size" in notes[0]
     _, read, *_ = converters.import_checkpoint(tmp_path / f"original{suffix}")
     padded = removal.pad(model, params, case.model)
-    jax.tree.map(np.testing.assert_array_equal, read, padded)
+    chex.assert_trees_all_equal(read, padded)
     assert trees.count(read) == trees.count(case.params)

@@ -2,18 +2,19 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from ltsm_jax import training
-from ltsm_jax.layers.masks import shapes
+from ltsm_jax.layers.masks import mask_shapes
 from ltsm_jax.methods import sweep as module
 from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.run import run as run_strategy
 from ltsm_jax.methods.strategies import Phase, Strategy, ff, lora, lpff, sff, zero_shot
 from ltsm_jax.methods.sweep import sweep
-from ltsm_jax.stacks import Over, Stack
+from ltsm_jax.stacks import Over, TreeStack
 from ltsm_jax.tasks.forecasting import evaluate, evaluate_lanes
 from ltsm_jax.training import lanes
 
@@ -32,14 +33,14 @@ def mapped(monkeypatch):
         return as_lanes(jobs, members, *rest)
 
     monkeypatch.setattr(
-        lanes, "choose", lambda *args, **kwargs: lanes.Choice("mapped", 99, "mapped")
+        lanes, "plan_lanes", lambda *args, **kwargs: lanes.LanePlan("mapped", 99, "mapped")
     )
     monkeypatch.setattr(lanes, "_as_lanes", counted)
     return programs
 
 
 def assert_same(found, wanted):
-    jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+    chex.assert_trees_all_equal(found.params, wanted.params)
     assert found.history == wanted.history
     for name in ("val", "test", "epochs", "best_epoch", "trained", "warnings"):
         assert getattr(found, name) == getattr(wanted, name)
@@ -100,7 +101,9 @@ def test_learning_rates_are_lanes_and_one_that_diverges_is_returned(model, pre, 
 
 @pytest.mark.slow
 def test_adapters_and_masks_are_lanes_of_their_own(model, pre, splits, mapped):
-    ones = jax.tree.map(lambda x: np.ones(x.shape, bool), shapes(model.init, jax.random.key(0)))
+    ones = jax.tree.map(
+        lambda x: np.ones(x.shape, bool), mask_shapes(model.init, jax.random.key(0))
+    )
 
     def masks(seed):
         rng = np.random.default_rng(seed)
@@ -135,7 +138,7 @@ def test_what_is_no_lane_is_left_to_the_caller_on_request(model, pre, splits):
 def test_lanes_are_scored_in_one_program_as_each_alone(model, pre, splits):
     both = [pre, model.init(jax.random.key(3))]
     both[1] = dict(both[1], head=pre["head"])  # held once
-    stack = Stack.of(both)
+    stack = TreeStack.of(both)
     assert len(stack.shared) == len(jax.tree.leaves(pre["head"]))
     wanted = [evaluate(model, params, splits.val) for params in both]
     assert evaluate_lanes(model, stack, splits.val, Over("mapped")) == wanted

@@ -143,7 +143,7 @@ def test_the_anchor_is_the_squared_distance_of_forecasts(model, pre, splits):
     np.testing.assert_allclose(found, want, rtol=1e-5)  # what really came plays no part
     assert float(phases.anchor_distance(model, pre, pre, batch)) == 0.0
 
-    loss = phases.anchored(model.loss, model, pre, 0.5)
+    loss = phases.with_anchor(model.loss, model, pre, 0.5)
     key = jax.random.key(3)
     np.testing.assert_allclose(
         loss(other, batch, key, True), model.loss(other, batch, key, True) + 0.5 * want, rtol=1e-5
@@ -165,14 +165,14 @@ def test_mixout_replaces_weights_and_keeps_their_mean():
     key, p = jax.random.key(0), 0.25
     w = {"a": jnp.linspace(1.0, 2.0, 4000).reshape(40, 100), "b": jnp.ones(3)}
     u = {"a": jnp.full((40, 100), 0.5), "b": jnp.ones(3)}
-    mixed = phases.mixout(w, u, p, key)
+    mixed = phases.mix_out(w, u, p, key)
     replaced = np.asarray(mixed["a"]) == 0.5
     assert abs(replaced.mean() - p) < 0.03
     # by the paper's formula: (m u + (1 - m) w - p u) / (1 - p)
     want = (replaced * 0.5 + ~replaced * np.asarray(w["a"]) - p * 0.5) / (1 - p)
     np.testing.assert_allclose(mixed["a"], want, rtol=1e-6)
     np.testing.assert_array_equal(mixed["b"], w["b"])  # frozen weights: bit for bit
-    many = jax.vmap(lambda k: phases.mixout(w, u, p, k)["a"].mean())(jax.random.split(key, 64))
+    many = jax.vmap(lambda k: phases.mix_out(w, u, p, k)["a"].mean())(jax.random.split(key, 64))
     np.testing.assert_allclose(many.mean(), w["a"].mean(), rtol=2e-3)
 
 

@@ -59,7 +59,7 @@ def test_prune_fit_forecast_save_load_export(sales, tmp_path, monkeypatch, capsy
     )
 
     # What was pruned stayed 0 through training, and something was trained.
-    merged = pruning.merge(fitted.params, found.masks)
+    merged = pruning.apply_masks(fitted.params, found.masks)
     for (path, got), want in zip(
         trees.flatten(fitted.params).items(), trees.flatten(merged).values(), strict=True
     ):
@@ -101,11 +101,11 @@ def test_after_remove_the_zeros_stay_zero(model, pre, series):
     with pytest.raises(ValueError, match=r"masks=masks\), or masks=\{\}"):
         ltsm_jax.fit(small, weights, series, **tuning, **quiet)
     fitted = ltsm_jax.fit(small, weights, series, masks=masks, **tuning, **quiet)
-    merged = trees.flatten(pruning.merge(fitted.params, masks))
+    merged = trees.flatten(pruning.apply_masks(fitted.params, masks))
     for path, got in trees.flatten(fitted.params).items():
         np.testing.assert_array_equal(got, merged[path], err_msg=path)
     revived = trees.flatten(
         ltsm_jax.fit(small, weights, series, masks={}, **tuning, **quiet).params
     )
-    dead = trees.flatten(pruning.merge(trees.unflatten(revived), masks))
+    dead = trees.flatten(pruning.apply_masks(trees.unflatten(revived), masks))
     assert any((np.asarray(x) != np.asarray(dead[path])).any() for path, x in revived.items())

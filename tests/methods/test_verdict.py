@@ -10,7 +10,7 @@ from ltsm_jax.data import DataError
 from ltsm_jax.data.panel import Panel
 from ltsm_jax.methods import strategies
 from ltsm_jax.methods.checks import Difference
-from ltsm_jax.methods.decision import UNSHOWN, Verdict, decide, number, signed
+from ltsm_jax.methods.decision import UNSHOWN, Verdict, decide, four_digits, signed
 from ltsm_jax.methods.pruning import full_masks
 from ltsm_jax.methods.verdict import calendar, compare, named, stamps
 from ltsm_jax.training import TrainConfig
@@ -220,8 +220,8 @@ def test_auto_ets_meets_the_others_on_the_same_windows(model, pre, monkeypatch):
 
 
 def test_tiny_differences_are_not_printed_as_zero():
-    assert signed(-2.6e-9) == "-2.6e-09" and number(2.6e-9) == "2.600e-09"
-    assert (signed(0.25), signed(-0.25), number(0.0)) == ("+0.2500", "-0.2500", "0.0000")
+    assert signed(-2.6e-9) == "-2.6e-09" and four_digits(2.6e-9) == "2.600e-09"
+    assert (signed(0.25), signed(-0.25), four_digits(0.0)) == ("+0.2500", "-0.2500", "0.0000")
 
 
 def test_methods_by_name(model):

@@ -7,7 +7,7 @@ import pytest
 from ltsm_jax import Forecaster
 from ltsm_jax.data.panel import Panel
 from ltsm_jax.data.panel_windows import cut_panel
-from ltsm_jax.methods.verdict import compare, prepare
+from ltsm_jax.methods.verdict import bind_panel, compare
 from ltsm_jax.models.chronos_2 import Chronos2, Chronos2Config
 from ltsm_jax.tasks.panels import Origins
 from ltsm_jax.training import TrainConfig
@@ -65,7 +65,7 @@ def found(model, params, panel):
 
 
 def test_windows_hold_the_covariates_of_their_own_rows(model, params, panel):
-    splits = prepare(model, params, panel, HORIZON).splits
+    splits = bind_panel(model, params, panel, HORIZON).splits
     windows = splits.test
     assert (windows.n_past, windows.n_known) == (1, 1)
     numbers = np.array([0, windows.n - 1])
@@ -144,7 +144,7 @@ def test_forecasting_takes_them_in_training_too(model, params, panel):
     """As a forecast does: standardised by what the context shows; one that does not move there is
     only moved to 0.
     """
-    prepared = prepare(model, params, panel, HORIZON)
+    prepared = bind_panel(model, params, panel, HORIZON)
     source = prepared.task.windows(model, prepared.splits)
     batch = jax.jit(lambda s, i: s.gather(i))(source, np.arange(4))
     seen = np.asarray(batch["known"])[..., : batch["context"].shape[-1]]

@@ -68,7 +68,7 @@ def recorded_gradients(vectors, model, prefix="grad/", name="grads.npz"):
         for pattern, target, how in family.keys(model.config)
     ]
     return trees.flatten(
-        tables.to_params(rules, stripped, folders.shapes(model), what=prefix).params
+        tables.to_params(rules, stripped, folders.param_shapes(model), what=prefix).params
     )
 
 

@@ -318,4 +318,4 @@ def test_golden_round_trip(recorded, tmp_path):
     "name, millions", [("amazon/chronos-2", 119.478), ("autogluon/chronos-2-small", 28.263)]
 )
 def test_published_parameter_counts(name, millions):
-    assert round(trees.count(folders.shapes(Chronos2(PRESETS[name]))) / 1e6, 3) == millions
+    assert round(trees.count(folders.param_shapes(Chronos2(PRESETS[name]))) / 1e6, 3) == millions

@@ -47,7 +47,7 @@ apply = jax.jit(lambda model, *args: model.apply(*args), static_argnums=0)
 @pytest.mark.parametrize("size", list(COUNTS))
 def test_published_parameter_counts(size):
     assert (
-        trees.count(folders.shapes(ChronosBolt(PRESETS[f"amazon/chronos-bolt-{size}"])))
+        trees.count(folders.param_shapes(ChronosBolt(PRESETS[f"amazon/chronos-bolt-{size}"])))
         == COUNTS[size]
     )
 
@@ -205,7 +205,7 @@ def test_copies_and_stray_tensors_of_the_original_are_known():
         "quantiles": np.asarray(SMALL.levels, np.float32),
     }
     read = tables.to_params(
-        converter.keys(SMALL), STATE | extra, folders.shapes(ChronosBolt(SMALL)), what="x"
+        converter.keys(SMALL), STATE | extra, folders.param_shapes(ChronosBolt(SMALL)), what="x"
     )
     assert set(read.dropped) == set(extra)
 
@@ -257,7 +257,7 @@ def test_without_a_config_the_sizes_must_be_published_ones():
     with pytest.raises(CheckpointError, match=r"Put the original's config\.json beside the file"):
         converter.configure(STATE, None, "x")
     tiny = PRESETS["amazon/chronos-bolt-tiny"]
-    shapes = trees.flatten(folders.shapes(ChronosBolt(tiny)))
+    shapes = trees.flatten(folders.param_shapes(ChronosBolt(tiny)))
     empty = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes.items()}
     state, _ = tables.to_state(converter.keys(tiny), trees.unflatten(empty))
     config, notes = converter.configure(state, None, "x")

@@ -36,7 +36,7 @@ def test_published_parameter_counts():
     assert {f"amazon/chronos-t5-{name}" for name in SIZES} == PRESETS.keys()
     for name, millions in SIZES.items():
         model = ChronosT5(PRESETS[f"amazon/chronos-t5-{name}"])
-        assert round(trees.count(folders.shapes(model)) / 1e6, 3) == millions, name
+        assert round(trees.count(folders.param_shapes(model)) / 1e6, 3) == millions, name
 
 
 def test_evaluation_batches_shrink_with_the_model():
@@ -111,7 +111,7 @@ def test_token_ids_of_a_worked_example():
     np.testing.assert_array_equal(observed, [[1, 1, 1, 1, 1, 1, 1, 0, 1]])
     np.testing.assert_array_equal(chronos_t5.token_values(cfg)[:8], [-2, -2, -2, -2, -1, 0, 1, 2])
     np.testing.assert_array_equal(
-        chronos_t5.scale_of(jnp.asarray([[1, -3, jnp.nan], [0, 0, 0], [jnp.nan] * 3])), [2, 1, 1]
+        chronos_t5.mean_scale(jnp.asarray([[1, -3, jnp.nan], [0, 0, 0], [jnp.nan] * 3])), [2, 1, 1]
     )
 
 

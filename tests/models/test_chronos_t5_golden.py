@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +101,7 @@ def test_golden_tokens(recorded):
         found, labels = {}, {}
         for case, (cfg, x) in contexts.items():
             x = jnp.asarray(x)[:, -cfg.context_len :]
-            scale = chronos_t5.scale_of(x)
+            scale = chronos_t5.mean_scale(x)
             found[case] = (*chronos_t5.tokenize(cfg, x, scale), scale)
             if f"{case}/in/label" in io:
                 labels[case] = chronos_t5.tokenize(cfg, jnp.asarray(io[f"{case}/in/label"]), scale)
@@ -177,7 +178,7 @@ def test_golden_embedding(recorded):
         rows = [np.pad(x, (longest - len(x), 0), constant_values=np.nan) for x in ragged]
         contexts["list"] = np.stack(rows)
         close(
-            chronos_t5.scale_of(jnp.asarray(contexts["list"])),
+            chronos_t5.mean_scale(jnp.asarray(contexts["list"])),
             io["list/out/scale"],
             rtol=1e-6,
             atol=0,
@@ -214,7 +215,7 @@ def test_golden_logits_token_by_token(recorded):
     cfg, want = model.config, io["generate/out/logits"]
     so_far = jnp.asarray(io["generate/out/sequences"][:, :-1])
     x = jnp.asarray(io["generate/in/context"])
-    tokens = chronos_t5.tokenize(cfg, x, chronos_t5.scale_of(x))
+    tokens = chronos_t5.tokenize(cfg, x, chronos_t5.mean_scale(x))
     rows, n = so_far.shape
     net: Any = ChronosT5Net(cfg)
     assert (np.asarray(so_far[:, 0]) == cfg.start).all()
@@ -234,7 +235,9 @@ def test_golden_logits_token_by_token(recorded):
                 layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()
             }, logits[:, 0]
 
-        _, one_by_one = jax.lax.scan(step, t5.empty_cache(cfg.decoder, rows, n), jnp.arange(n))
+        _, one_by_one = jax.lax.scan(
+            step, t5.empty_decoder_cache(cfg.decoder, rows, n), jnp.arange(n)
+        )
         return at_once, jnp.swapaxes(one_by_one, 0, 1)
 
     for logits in both(params):
@@ -316,4 +319,4 @@ def test_golden_round_trip(recorded, tmp_path):
     file = check_round_trip(vectors.checkpoint, tmp_path)
     again, same, *_ = import_checkpoint(file)
     assert again == model, "config.json and generation_config.json were written too"
-    jax.tree.map(np.testing.assert_array_equal, same, params)
+    chex.assert_trees_all_equal(same, params)

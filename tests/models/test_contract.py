@@ -5,6 +5,7 @@ import functools
 import json
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -356,7 +357,7 @@ def test_training_noise_follows_the_key(case):
 def test_init_is_a_function_of_the_key(any_case):
     model = type(any_case.model)(type(any_case.model).small())
     one, same, other = (INIT(model, jax.random.key(seed)) for seed in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, one, same)
+    chex.assert_trees_all_equal(one, same)
     assert any(
         not np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
@@ -375,12 +376,12 @@ def test_a_folder_gives_the_model_back(any_case, tmp_path):
     folders.save(tmp_path / "model", any_case.model, any_case.params)
     model, params = folders.load_folder(tmp_path / "model")
     assert model == any_case.model
-    jax.tree.map(np.testing.assert_array_equal, params, any_case.params)
+    chex.assert_trees_all_equal(params, any_case.params)
 
 
 def test_declared_facts_fit_the_parameters(any_case):
     model, flat = any_case.model, trees.flatten(any_case.params)
-    assert any(jax.tree.leaves(trees.select(any_case.params, model.head))), (
+    assert any(jax.tree.leaves(trees.select(any_case.params, model.head_leaves))), (
         "linear probing would train nothing"
     )
     if model.fixed:
@@ -410,7 +411,7 @@ def test_published_presets_have_their_shapes(any_case, n):
         for name, config in type(any_case.model).presets().items()
     }
     for model, name in list(models.items())[:n]:
-        assert trees.count(folders.shapes(model)) > 0, name
+        assert trees.count(folders.param_shapes(model)) > 0, name
 
 
 def test_published_presets_survive_json(any_case):

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 
+import chex
 import huggingface_hub
 import jax
 import numpy as np
@@ -80,7 +81,7 @@ def offline(monkeypatch):
 
 def require_same(loaded, expected):
     assert loaded[0] == expected[0]
-    jax.tree.map(np.testing.assert_array_equal, loaded[1], expected[1])
+    chex.assert_trees_all_equal(loaded[1], expected[1])
 
 
 def copies(tmp_path):
@@ -654,15 +655,15 @@ def test_command_line(site, expected, tmp_path, capsys):
     ],
 )
 def test_what_is_no_hub_name(text):
-    assert hub.parse(text) is None
+    assert hub.parse_name(text) is None
 
 
 def test_hub_names():
-    assert str(hub.parse("a/b")) == "a/b" and hub.parse("a/b") == hub.Name("a/b", "main")
+    assert str(hub.parse_name("a/b")) == "a/b" and hub.parse_name("a/b") == hub.Name("a/b", "main")
     assert (
-        hub.parse("a/b@v1.0")
+        hub.parse_name("a/b@v1.0")
         == hub.Name("a/b", "v1.0")
-        == hub.parse("a/b", "v1.0")
-        == hub.parse("a/b@v1.0", "v1.0")
+        == hub.parse_name("a/b", "v1.0")
+        == hub.parse_name("a/b@v1.0", "v1.0")
     )
-    assert str(hub.parse("a/b@refs/pr/1")) == "a/b@refs/pr/1"
+    assert str(hub.parse_name("a/b@refs/pr/1")) == "a/b@refs/pr/1"

@@ -38,7 +38,9 @@ def test_published_parameter_counts():
     published = {name: config for name, config in PRESETS.items() if name.startswith("Salesforce/")}
     assert {name.rsplit("-", 1)[1] for name in published} == set(COUNTS)
     for name, config in published.items():
-        assert trees.count(folders.shapes(Moirai(config))) == COUNTS[name.rsplit("-", 1)[1]], name
+        assert (
+            trees.count(folders.param_shapes(Moirai(config))) == COUNTS[name.rsplit("-", 1)[1]]
+        ), name
 
 
 @pytest.mark.slow

@@ -33,7 +33,8 @@ def using(**changes):
 
 def test_published_parameter_count():
     assert (
-        trees.count(folders.shapes(Moirai2(PRESETS["Salesforce/moirai-2.0-R-small"]))) == 11_387_208
+        trees.count(folders.param_shapes(Moirai2(PRESETS["Salesforce/moirai-2.0-R-small"])))
+        == 11_387_208
     )
 
 

@@ -40,7 +40,7 @@ def tokens(x, horizon=8):
 
 def test_published_parameter_counts():
     for name, config in PRESETS.items():
-        shapes = folders.shapes(MoiraiMoe(config))
+        shapes = folders.param_shapes(MoiraiMoe(config))
         assert trees.count(shapes) == COUNTS[name]
         centroids = shapes["centroid"].size
         assert centroids == len(config.layers) * 32 * config.d_model
@@ -71,7 +71,7 @@ def test_a_pruned_layer_routes_among_the_experts_that_are_left(params):
     cut["layer_0"]["ffn"]["experts"] = {
         name: leaf[jnp.asarray(kept)] for name, leaf in inner.items()
     }
-    assert trees.flatten(folders.shapes(small))["layer_0/ffn/experts/up"].shape[0] == 3
+    assert trees.flatten(folders.param_shapes(small))["layer_0/ffn/experts/up"].shape[0] == 3
     _, taps = forward(small, cut, tokens(series(2, 1, 32)))
     assert not (np.asarray(taps["layer_0/ffn/experts"]) == 1).any()
     _, all_taps = forward(MODEL, params, tokens(series(2, 1, 32)))

@@ -11,7 +11,7 @@ from ltsm_jax import trees
 from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.methods import phases, starts, strategies
 from ltsm_jax.models import folders
-from ltsm_jax.models.moment import PRESETS, Moment, random_mask, scaled
+from ltsm_jax.models.moment import PRESETS, Moment, random_mask, standardised
 from ltsm_jax.tasks import anomaly, imputation
 
 KEY = jax.random.key(4)
@@ -52,15 +52,18 @@ def test_published_sizes(name, n):
     nothing uses.
     """
     model = Moment(PRESETS[f"AutonLab/MOMENT-1-{name}"])
-    assert trees.count(folders.shapes(model)) + model.config.vocab_size * model.config.d_model == n
+    assert (
+        trees.count(folders.param_shapes(model)) + model.config.vocab_size * model.config.d_model
+        == n
+    )
 
 
 def test_scale_by_hand():
     x = jnp.asarray([[[1.0, 3.0, jnp.nan, 100.0]]])
-    z, mean, std = scaled(x, jnp.asarray([[[1.0, 1.0, 1.0, 0.0]]]))
+    z, mean, std = standardised(x, jnp.asarray([[[1.0, 1.0, 1.0, 0.0]]]))
     assert mean.item() == 2 and std.item() == pytest.approx(1 + 1e-5)
     np.testing.assert_allclose(z[0, 0], [-1, 1, 0, 98], rtol=1e-4)
-    z, _, std = scaled(jnp.full((1, 1, 4), 3.0), jnp.ones((1, 1, 4)))
+    z, _, std = standardised(jnp.full((1, 1, 4), 3.0), jnp.ones((1, 1, 4)))
     assert not z.any() and std.item() == np.float32(1e-5)
 
 
@@ -153,7 +156,7 @@ def test_a_new_head_leaves_the_body_alone(moment, forecaster):
     model, params = moment
     classifier, tuned = model.with_head(params, "classification", KEY, n_classes=4, n_variates=3)
     for new_model, new in ((classifier, tuned), forecaster):
-        trees.require_same(folders.shapes(new_model), new)
+        trees.require_same(folders.param_shapes(new_model), new)
         assert (
             new["encoder"] is params["encoder"]
             and new["position_table"] is params["position_table"]

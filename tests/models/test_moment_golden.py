@@ -320,7 +320,7 @@ def test_golden_loss_and_gradients(recorded, loaded, task):
         (key, tables.DROP, "") if to == tables.BUFFER else (key, to, how)
         for key, to, how in converter("moment").keys(model.config)
     ]
-    want = tables.to_params(rules, stored, folders.shapes(model), what=task).params
+    want = tables.to_params(rules, stored, folders.param_shapes(model), what=task).params
     value = parity.check_gradients(loss, params, trees.flatten(want))
     np.testing.assert_allclose(value, grads[f"{task}/loss"], tolerance["rel"], tolerance["abs"])
 

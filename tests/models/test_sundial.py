@@ -45,7 +45,10 @@ def series(*shape, seed=1):
 
 
 def test_published_parameter_count():
-    assert trees.count(folders.shapes(Sundial(PRESETS["thuml/sundial-base-128m"]))) == 128_329_680
+    assert (
+        trees.count(folders.param_shapes(Sundial(PRESETS["thuml/sundial-base-128m"])))
+        == 128_329_680
+    )
 
 
 def test_draws_follow_key_and_series(params):
@@ -108,7 +111,7 @@ def test_config_lists_all_its_problems():
 
 
 def test_contradictions_are_listed():
-    shapes = folders.shapes(MODEL)
+    shapes = folders.param_shapes(MODEL)
     state, _ = tables.to_state(
         converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes)
     )

@@ -4,6 +4,7 @@ errors.
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,7 @@ def series(*shape, seed=1):
     "name, count", [("Maple728/TimeMoE-50M", 113_352_192), ("Maple728/TimeMoE-200M", 453_196_800)]
 )
 def test_published_parameter_counts(name, count):
-    assert trees.count(folders.shapes(TimeMoe(PRESETS[name]))) == count
+    assert trees.count(folders.param_shapes(TimeMoe(PRESETS[name]))) == count
 
 
 @pytest.mark.slow
@@ -63,9 +64,7 @@ def test_an_expert_taken_out_is_an_expert_masked(params):
     masked, _ = jax.jit(lambda p, x: MODEL.apply(p, x, expert_masks=mask))(params, x)
     removed, _ = jax.jit(smaller.apply)(cut, x)
     whole, _ = jax.jit(MODEL.apply)(params, x)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), masked, removed
-    )
+    chex.assert_trees_all_close(masked, removed, rtol=1e-5, atol=1e-6)
     assert np.abs(np.asarray(masked[0] - whole[0])).max() > 1e-3
     # the gradient of the mask is what scores experts
     score = jax.jit(jax.grad(lambda m: MODEL.token_loss(params, x, x, expert_masks=[m])))(
@@ -140,7 +139,7 @@ def test_config_lists_all_its_problems():
 
 
 def test_contradictions_are_listed():
-    shapes = folders.shapes(MODEL)
+    shapes = folders.param_shapes(MODEL)
     state, _ = tables.to_state(
         converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes)
     )

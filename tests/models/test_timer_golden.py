@@ -2,6 +2,7 @@
 another set).
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,7 +236,7 @@ def test_golden_loss_and_gradients(recorded, kind):
     stripped, _, problems = layout.strip(stored)
     rules = [rule for rule in converter.keys(model.config) if rule[1] != tables.BUFFER]
     want = tables.to_params(
-        rules, stripped, folders.shapes(model), what=kind, problems=problems
+        rules, stripped, folders.param_shapes(model), what=kind, problems=problems
     ).params
     name = f"loss_{GRADIENTS[kind]}"
     value, gradients = jax.jit(jax.value_and_grad(losses(model, io)[name]))(params)
@@ -251,7 +252,7 @@ def test_golden_load_equals_import(recorded):
     vectors, model, params, _ = recorded
     again_model, again = ltsm_jax.load(vectors.checkpoint)
     assert again_model == model
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
 
 
 def test_golden_init_statistics(recorded):

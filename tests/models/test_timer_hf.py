@@ -32,7 +32,7 @@ def series(*shape, seed=1):
 
 
 def test_published_parameter_count():
-    assert trees.count(folders.shapes(TimerHf(PRESETS["thuml/timer-base-84m"]))) == 84_142_080
+    assert trees.count(folders.param_shapes(TimerHf(PRESETS["thuml/timer-base-84m"]))) == 84_142_080
 
 
 def test_the_cache_changes_nothing_and_heads_follow_the_remaining_length(params):
@@ -113,7 +113,7 @@ def test_config_lists_all_its_problems():
 
 def state_of(config):
     flat = {}
-    shapes = folders.shapes(TimerHf(config))
+    shapes = folders.param_shapes(TimerHf(config))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     from converters import tables
 

@@ -12,7 +12,7 @@ import pytest
 
 from converters import timer_hf as converter
 from ltsm_jax.layers.causal import greedy_sizes
-from ltsm_jax.models.timer_hf import TimerHf, TimerHfConfig, moments
+from ltsm_jax.models.timer_hf import TimerHf, TimerHfConfig, unbiased_moments
 
 RTOL, ATOL = 1e-4, 2e-5  # of meta.json, relative to the scale of the series
 
@@ -75,7 +75,7 @@ def test_golden_intermediates_and_heads(recorded):
 
 def test_golden_scale(recorded):
     _, _, _, io = recorded
-    mean, std = moments(jnp.asarray(io["normal/x_raw"]), 0.0)
+    mean, std = unbiased_moments(jnp.asarray(io["normal/x_raw"]), 0.0)
     check(mean, io["normal/mean"], io["normal/x_raw"])
     check(std, io["normal/std"], io["normal/x_raw"])
     check((io["normal/x_raw"] - mean) / std, io["normal/x"])
@@ -131,7 +131,9 @@ def test_golden_prune_then_finetune_is_predict(recorded):
         if any(
             q % model.config.patch_len for q in greedy_sizes(y.shape[1], model.config.horizons)[:-1]
         ):
-            mean, std = moments(jnp.asarray(x), 1e-6)  # the original keeps the patches' old borders
+            mean, std = unbiased_moments(
+                jnp.asarray(x), 1e-6
+            )  # the original keeps the patches' old borders
             got = generate(model, params, (x - mean) / std, y.shape[1], False) * std + mean
         else:
             got = predict(model, params, rows(x), y.shape[1]).point[:, 0]
@@ -149,7 +151,7 @@ def test_golden_left_padding(recorded):
 def losses(model, io):
     """The recorded losses as functions of the params."""
     x, labels = rows(io["train/x"]), rows(io["train/labels"])
-    mean, std = moments(x, 1e-6)
+    mean, std = unbiased_moments(x, 1e-6)
     mask = rows(io["train/loss_masks"])
     return {
         "loss": lambda q: model.token_loss(q, x, labels),
@@ -186,7 +188,7 @@ def test_golden_own_loss_is_in_the_scale_of_the_context(recorded):
     _, model, params, io = recorded
     x, p = rows(io["train/x"]), model.config.patch_len
     ahead = rows(io["train/labels"])[..., -model.horizon :]
-    mean, std = moments(x, 1e-6)
+    mean, std = unbiased_moments(x, 1e-6)
     labels = (jnp.concatenate([x[..., p:], ahead], -1) - mean) / std
     want = jax.jit(model.token_loss)(params, (x - mean) / std, labels)
     np.testing.assert_allclose(

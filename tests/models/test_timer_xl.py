@@ -34,7 +34,7 @@ def series(*shape, seed=1):
 
 def test_published_parameter_count():
     model = TimerXL(PRESETS["timer_xl"])
-    assert trees.count(folders.shapes(model)) == 67_398_880
+    assert trees.count(folders.param_shapes(model)) == 67_398_880
     assert model.variates == "independent", "its bias between variates was never trained"
 
 
@@ -102,7 +102,7 @@ def test_config_lists_all_its_problems():
 
 
 def test_sizes_are_read_from_the_tensors_and_contradictions_listed():
-    shapes = folders.shapes(MODEL)
+    shapes = folders.param_shapes(MODEL)
     state, _ = tables.to_state(
         converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes)
     )

@@ -4,6 +4,7 @@ set).
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,7 +249,7 @@ def port(recorded):
     """
     model, params, provenance, _ = import_checkpoint(recorded.vectors.folder / "hf")
     assert provenance["table"] == converter.TRANSFORMERS
-    jax.tree.map(np.testing.assert_array_equal, params, recorded.params)
+    chex.assert_trees_all_equal(params, recorded.params)
     context, target = (
         jnp.asarray(recorded.io[f"hf/in/{name}_values"])[:, None] for name in ("past", "future")
     )
@@ -295,7 +296,7 @@ def test_golden_round_trip(recorded, tmp_path, form):
     model, params, *_ = import_checkpoint(folder)
     again, same, *_ = import_checkpoint(out)  # its config.json was written too
     assert again == model
-    jax.tree.map(np.testing.assert_array_equal, same, params)
+    chex.assert_trees_all_equal(same, params)
 
 
 def test_golden_both_forms_are_the_same_model(recorded, port):
@@ -320,6 +321,6 @@ def test_golden_init_statistics(recorded):
 
 def test_golden_parameters_are_counted(recorded):
     state = parity.tensors(recorded.vectors.checkpoint)
-    assert trees.count(folders.shapes(recorded.model)) == sum(
+    assert trees.count(folders.param_shapes(recorded.model)) == sum(
         value.size for value in state.values()
     )

@@ -17,7 +17,7 @@ import pytest
 from converters import import_checkpoint
 from converters import timesfm_3 as converter
 from converters.torch_files import CheckpointError
-from ltsm_jax.models.timesfm_3 import TimesFM3, errors
+from ltsm_jax.models.timesfm_3 import TimesFM3, quantile_errors
 
 MAIN = "timesfm_3"
 # Of meta.json: times the largest value of the series; of activations, which are scaled, absolute.
@@ -312,7 +312,9 @@ def training_loss(recorded):
 
     def loss(params):
         y = model.decode(params, *given[:2], horizon, *given[2:])
-        return errors(y[:, : future.shape[1]], jnp.asarray(future), model.config.quantiles).mean()
+        return quantile_errors(
+            y[:, : future.shape[1]], jnp.asarray(future), model.config.quantiles
+        ).mean()
 
     return loss
 

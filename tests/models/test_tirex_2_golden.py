@@ -5,6 +5,7 @@ import json
 import re
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import parity
@@ -405,7 +406,7 @@ def test_golden_older_files(recorded, tmp_path):
     write_torch(folder / "model.ckpt", {"state_dict": state})
     model, params, provenance, _ = import_checkpoint(folder)
     assert model == recorded.model
-    jax.tree.map(np.testing.assert_array_equal, params, recorded.params)
+    chex.assert_trees_all_equal(params, recorded.params)
     assert set(recorded.vectors.meta["aliases_not_stored"]) <= set(provenance["copies"])
 
     # And back: every name is there again.
@@ -423,7 +424,7 @@ def test_golden_names_that_a_file_may_have_instead(recorded, tmp_path):
     write_torch(tmp_path / "model.ckpt", turned)
     model, params, *_ = import_checkpoint(tmp_path / "model.ckpt", config=recorded.vectors.config)
     assert model == recorded.model
-    jax.tree.map(np.testing.assert_array_equal, params, recorded.params)
+    chex.assert_trees_all_equal(params, recorded.params)
 
 
 def test_golden_initialisation(golden):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,7 @@ predict = jax.jit(
 def test_published_parameter_counts(name, parameters):
     """Without the taus, two of each layer, which the original counts among its constants."""
     model = Toto2(PRESETS[name])
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     fixed = jax.tree.leaves(trees.select(shapes, model.fixed))
     assert trees.count(shapes) - sum(fixed) == parameters
     assert sum(fixed) == 2 * len(model.config.layers)
@@ -91,7 +92,7 @@ def test_published_parameter_counts(name, parameters):
 
 def test_the_smallest_published_file_has_its_number_of_tensors_and_bytes(tmp_path):
     """48 tensors, 16,582,848 bytes with their names."""
-    shapes = folders.shapes(Toto2(PRESETS["Datadog/Toto-2.0-4m"]))
+    shapes = folders.param_shapes(Toto2(PRESETS["Datadog/Toto-2.0-4m"]))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     state, _ = tables.to_state(converter.keys(PRESETS["Datadog/Toto-2.0-4m"]), zeros)
     assert len(state) == 48
@@ -393,8 +394,8 @@ def test_a_mixed_start_mixes_the_weights_in_effect_and_leaves_the_taus(params):
     }
     fresh = start_params(strategy("tfs"), MODEL, given, key)
     tuned = start_params(strategy("ff"), MODEL, given, key)
-    jax.tree.map(np.testing.assert_array_equal, at[1.0], tuned)
-    jax.tree.map(np.testing.assert_array_equal, at[0.0], fresh)
+    chex.assert_trees_all_equal(at[1.0], tuned)
+    chex.assert_trees_all_equal(at[0.0], fresh)
     drawn, flat = trees.flatten(jax.jit(MODEL.init)(key)), trees.flatten(given)
     for path, leaf in trees.flatten(at[0.5]).items():
         want = flat[path] if path.endswith("_tau") else 0.5 * flat[path] + 0.5 * drawn[path]
@@ -462,7 +463,7 @@ def test_a_model_without_heads_and_units_keeps_its_factors(deep):
     assert widths(small.config, "attn.kv_heads") == (1, 1, 2)
     assert widths(small.config, "ffn") == (24, 24, 16)
     assert (small.config.attn_width, small.config.ffn_width) == (DEEP.attn_width, DEEP.ffn_width)
-    x, merged = series(2, 2, 24), pruning.merge(deep, masks)
+    x, merged = series(2, 2, 24), pruning.apply_masks(deep, masks)
     want = predict(model, merged, x, 8).point
     np.testing.assert_allclose(predict(small, left, x, 8).point, want, rtol=1e-4, atol=1e-5)
     assert np.abs(predict(model, deep, x, 8).point - want).max() > 1e-3
@@ -509,7 +510,7 @@ def test_a_checkpoint_in_several_files(deep, tmp_path):
     assert isinstance(model, Toto2)
     # The file does not say how it is used, so that is as by default.
     assert model.config == dataclasses.replace(DEEP, window=4096, span=16)
-    jax.tree.map(np.testing.assert_array_equal, params, deep)
+    chex.assert_trees_all_equal(params, deep)
     export_checkpoint(tmp_path / "ours", tmp_path / "theirs")
     again = read_safetensors(tmp_path / "theirs" / "model.safetensors")
     assert again.keys() == state.keys()
@@ -601,7 +602,7 @@ def test_without_a_config_the_sizes_must_be_published(deep, tmp_path):
     with pytest.raises(CheckpointError, match=r"Put the original's config.json beside the file"):
         import_checkpoint(tmp_path)
     preset = PRESETS["Datadog/Toto-2.0-4m"]
-    shapes = folders.shapes(Toto2(preset))
+    shapes = folders.param_shapes(Toto2(preset))
     state, _ = tables.to_state(
         converter.keys(preset), jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     )

@@ -235,7 +235,7 @@ def recorded_gradients(recorded, prefix):
     state = stored | {name: np.zeros((), np.float32) for name in taus}
     rules = converter.keys(recorded.model.config)
     found = parity.tables.to_params(
-        rules, state, folders.shapes(recorded.model), what=prefix
+        rules, state, folders.param_shapes(recorded.model), what=prefix
     ).params
     return {path: g for path, g in trees.flatten(found).items() if not path.endswith("_tau")}
 
@@ -255,7 +255,7 @@ def test_golden_gradients(recorded):
         given = {name: jnp.asarray(x) for name, x in inputs(recorded.io, case).items()}
 
         def loss(moving, model=model, given=given):
-            return model.sequence_loss(trees.merge(moving, rest), **given)[0]
+            return model.sequence_loss(trees.combine(moving, rest), **given)[0]
 
         value = parity.check_gradients(loss, moving, recorded_gradients(recorded, prefix))
         np.testing.assert_allclose(value, recorded.io[f"{case}/out/loss"], rtol=1e-5)
@@ -473,7 +473,7 @@ def test_golden_config_comes_back(recorded, tmp_path):
 
 
 def test_golden_parameters_are_counted(recorded):
-    moving, _ = trained(recorded.model, folders.shapes(recorded.model))
+    moving, _ = trained(recorded.model, folders.param_shapes(recorded.model))
     assert trees.count(moving) == recorded.vectors.meta["num_parameters"]
 
 

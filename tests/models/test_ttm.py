@@ -48,7 +48,7 @@ TINY: dict[str, Any] = {
     ],
 )
 def test_published_parameter_counts(name, parameters):
-    shapes = folders.shapes(TTM(PRESETS[f"ibm-granite/granite-timeseries-ttm-{name}"]))
+    shapes = folders.param_shapes(TTM(PRESETS[f"ibm-granite/granite-timeseries-ttm-{name}"]))
     assert trees.count(shapes) == parameters
 
 

@@ -34,7 +34,7 @@ def waves(b, t):
 
 
 def test_published_parameter_counts():
-    shapes = folders.shapes(TTMR3(PRESETS[f"{HUB}@52-16-dec-52-r3"]))
+    shapes = folders.param_shapes(TTMR3(PRESETS[f"{HUB}@52-16-dec-52-r3"]))
     assert trees.count(shapes) == 1_453_596
     assert trees.count(shapes["trend"]) == 70_873
     assert trees.count(shapes["residual"]) == 1_382_723
@@ -58,7 +58,7 @@ def test_parameter_count_of_the_authors_example():
         gate="glu",
         quantiles=QuantileConfig(median="mean", condition="flatten", join="concat"),
     )
-    assert trees.count(folders.shapes(TTM(config))) == 13_111_363
+    assert trees.count(folders.param_shapes(TTM(config))) == 13_111_363
 
 
 # --- smoothing

@@ -233,7 +233,7 @@ def losses(model, params, io):
 def test_golden_losses_and_gradients(recorded):
     vectors, model, params, io = recorded
     stored = vectors.arrays("grads.npz")
-    shapes = trees.flatten(folders.shapes(model))
+    shapes = trees.flatten(folders.param_shapes(model))
     for kind, loss in losses(model, params, io).items():
         value, grads = jax.jit(jax.value_and_grad(loss))(params)
         np.testing.assert_allclose(value, io[f"train/{kind}/loss"], rtol=1e-4, err_msg=kind)
@@ -332,7 +332,7 @@ def test_golden_initialisation(recorded):
 
 
 def test_published_parameter_count():
-    shapes = trees.flatten(folders.shapes(Units(PRESETS["units_x128"])))
+    shapes = trees.flatten(folders.param_shapes(Units(PRESETS["units_x128"])))
     unused = 3 * 2 * (128 * 128 + 128)  # projections that the file holds and nothing uses
     assert (
         sum(leaf.size for path, leaf in shapes.items() if "_tokens/" not in path) + unused

@@ -50,7 +50,7 @@ def spike(n_rows, b, row):
 @pytest.mark.parametrize("ims", [True, False])
 @pytest.mark.parametrize("n_rows", [1300, 1871, 1872, 1873, 2448, 5000])
 def test_every_test_row_is_scored_once_and_by_its_own_error(n_rows, ims):
-    prepared = anomaly.prepare(series(n_rows, 1200, 1250, 1260))
+    prepared = anomaly.scale_series(series(n_rows, 1200, 1250, 1260))
     errors = anomaly.row_errors(
         Zero(), ZERO, prepared.values, (1200, n_rows), ims=ims, batch_size=2
     )
@@ -61,7 +61,7 @@ def test_token_t_covers_rows_b_plus_96_t_to_b_plus_96_t_plus_96():
     """The worked example of the protocol: 5000 rows, b = 1200: 6 windows, 36 tokens, rows 1200 to
     4655, not 344.
     """
-    prepared = anomaly.prepare(series())
+    prepared = anomaly.scale_series(series())
     assert len(anomaly.window_starts(1200, 5000)) == 6
     released = anomaly.token_scores(
         anomaly.row_errors(Zero(), ZERO, prepared.values, (1200, 5000), tail=False)
@@ -80,19 +80,21 @@ def test_token_t_covers_rows_b_plus_96_t_to_b_plus_96_t_plus_96():
     [(1200, 0), (1295, 0), (1296, 1), (3000, 18), (4655, 35), (4656, 36), (4999, 39)],
 )
 def test_a_spike_is_found_in_its_token(row, token):
-    prepared = anomaly.prepare(spike(5000, 1200, row))
+    prepared = anomaly.scale_series(spike(5000, 1200, row))
     scores = anomaly.token_scores(anomaly.row_errors(Zero(), ZERO, prepared.values, (1200, 5000)))
     assert scores.argmax() == token
     result = anomaly.evaluate(Zero(), ZERO, prepared)
-    assert (result.rank, result.n_tokens) == (1, 40) and result.alpha == 1 / 40
+    assert (result.rank, result.n_tokens) == (1, 40) and result.share == 1 / 40
 
 
-def test_rank_and_alpha_count_the_tokens_above():
+def test_rank_and_share_count_the_tokens_above():
     """Two louder tokens stand before the labelled one."""
     values = np.where(np.arange(5000) % 2, 1.0, -1.0)
     values[[1400, 3000, 4000]] = 20.0, 9.0, 30.0
-    result = anomaly.evaluate(Zero(), ZERO, anomaly.prepare(series(5000, 1200, 3000, 3000, values)))
-    assert (result.rank, result.n_tokens, result.alpha) == (3, 40, 3 / 40)
+    result = anomaly.evaluate(
+        Zero(), ZERO, anomaly.scale_series(series(5000, 1200, 3000, 3000, values))
+    )
+    assert (result.rank, result.n_tokens, result.share) == (3, 40, 3 / 40)
 
 
 def test_an_anomaly_after_the_last_whole_window():
@@ -100,15 +102,15 @@ def test_an_anomaly_after_the_last_whole_window():
     code.
     """
     labelled = spike(5000, 1200, 4800)
-    assert anomaly.evaluate(Zero(), ZERO, anomaly.prepare(labelled)).rank == 1
-    missed = anomaly.evaluate(Zero(), ZERO, anomaly.prepare(labelled), tail=False)
-    assert (missed.rank, missed.n_tokens, missed.alpha) == (None, 36, 1.0)
+    assert anomaly.evaluate(Zero(), ZERO, anomaly.scale_series(labelled)).rank == 1
+    missed = anomaly.evaluate(Zero(), ZERO, anomaly.scale_series(labelled), tail=False)
+    assert (missed.rank, missed.n_tokens, missed.share) == (None, 36, 1.0)
     released = anomaly.evaluate(
-        Zero(), ZERO, anomaly.prepare(labelled, quirks={"uncovered_is_hit"})
+        Zero(), ZERO, anomaly.scale_series(labelled, quirks={"uncovered_is_hit"})
     )
     assert (released.rank, released.n_tokens) == (1, 36)
     quiet = series(5000, 1200, 4800, 4800, np.where(np.arange(5000) % 2, 1.0, -1.0))
-    assert anomaly.evaluate(Zero(), ZERO, anomaly.prepare(quiet)).rank > 1
+    assert anomaly.evaluate(Zero(), ZERO, anomaly.scale_series(quiet)).rank > 1
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_scores_that_are_not_finite_are_refused():
 
 
 def test_training_sees_no_held_out_row():
-    prepared = anomaly.prepare(series(5000, 1200))
+    prepared = anomaly.scale_series(series(5000, 1200))
     assert prepared.validate_rows == (1080, 1200)
     assert prepared.train.n == 1080 - 768 + 1
     last = prepared.train.gather(jnp.array([prepared.train.n - 1]))
@@ -161,7 +163,7 @@ def test_training_sees_no_held_out_row():
 
 
 def test_released_validation_looks_at_the_test_rows():
-    prepared = anomaly.prepare(series(), quirks={"select_on_test"})
+    prepared = anomaly.scale_series(series(), quirks={"select_on_test"})
     assert prepared.train.n == 1200 - 768 + 1 and prepared.validate_rows == (1200, 5000)
     squares = np.square(np.asarray(prepared.values, np.float64)[0])
     starts = 1104 + 576 * np.arange(6)
@@ -223,27 +225,29 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
 
 def test_refusals():
     with pytest.raises(ValueError, match="too few"):
-        anomaly.prepare(series(2000, 800, 1500, 1501))
+        anomaly.scale_series(series(2000, 800, 1500, 1501))
     with pytest.raises(ValueError, match="unknown quirks"):
-        anomaly.prepare(series(), quirks={"touching"})
+        anomaly.scale_series(series(), quirks={"touching"})
     with pytest.raises(ValueError, match="holdout"):
-        anomaly.prepare(series(), holdout=0.0)
+        anomaly.scale_series(series(), holdout=0.0)
     with pytest.raises(ValueError, match="no whole window"):
-        anomaly.evaluate(Zero(), ZERO, anomaly.prepare(series(1500, 1200, 1300, 1301)), tail=False)
+        anomaly.evaluate(
+            Zero(), ZERO, anomaly.scale_series(series(1500, 1200, 1300, 1301)), tail=False
+        )
     with pytest.raises(ValueError, match="no results"):
-        anomaly.summarise([])
+        anomaly.count_found([])
 
 
 def test_summary():
     results = [
-        anomaly.Result("a", 1, 100),
-        anomaly.Result("b", 5, 100),
-        anomaly.Result("c", None, 50),
+        anomaly.AnomalyOutcome("a", 1, 100),
+        anomaly.AnomalyOutcome("b", 5, 100),
+        anomaly.AnomalyOutcome("c", None, 50),
     ]
-    assert anomaly.summarise(results) == {
+    assert anomaly.count_found(results) == {
         "files": 3,
         "missed": 1,
-        "mean_alpha": pytest.approx((0.01 + 0.05 + 1) / 3),
+        "mean_share": pytest.approx((0.01 + 0.05 + 1) / 3),
         "found": {0.01: 1, 0.03: 1, 0.05: 2, 0.1: 2},
     }
 
@@ -258,7 +262,7 @@ class TestTimer:
         671.
         """
         params = jax.jit(self.model.init)(jax.random.key(0))
-        prepared = anomaly.prepare(series(2600, 1200, 2000, 2010))
+        prepared = anomaly.scale_series(series(2600, 1200, 2000, 2010))
         found = anomaly.token_scores(
             anomaly.row_errors(self.model, params, prepared.values, (1200, 2600), tail=False)
         )
@@ -286,7 +290,7 @@ class TestTimer:
         t = np.arange(3300)
         values = np.sin(2 * np.pi * t / 48)
         values[2500:2600] = np.sin(2 * np.pi * t[2500:2600] / 17)
-        prepared = anomaly.prepare(series(3300, 1500, 2500, 2599, values))
+        prepared = anomaly.scale_series(series(3300, 1500, 2500, 2599, values))
         loss, params = anomaly.loss_fn(self.model), jax.jit(self.model.init)(jax.random.key(0))
         before = anomaly.validation_error(self.model, params, prepared)
 

@@ -41,7 +41,7 @@ def model():
 
 def test_scores_by_hand():
     label, guess = np.array([0, 0, 0, 1, 2]), np.array([0, 0, 1, 1, 0])
-    found = classification.summarise(guess, label)
+    found = classification.accuracy_and_f1(guess, label)
     # F1: class 0 has 2 hits of 3 guessed and 3 there, class 1 has 1 of 2 and 1, class 2 has none
     assert found["accuracy"] == pytest.approx(3 / 5)
     assert found["macro_f1"] == pytest.approx((4 / 6 + 2 / 3 + 0) / 3)

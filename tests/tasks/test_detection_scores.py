@@ -117,9 +117,9 @@ def test_a_near_miss_counts_within_the_buffer_only():
 
 def test_smoothing_is_the_mean_of_the_rows_around():
     x = np.array([0.0, 0, 9, 0, 0, 0])
-    np.testing.assert_allclose(scores_of.smooth(x, 3), [0, 3, 3, 3, 0, 0])
-    np.testing.assert_allclose(scores_of.smooth(x, 4), [3, 9 / 4, 9 / 4, 9 / 4, 0, 0])
-    np.testing.assert_array_equal(scores_of.smooth(x, 1), x)
+    np.testing.assert_allclose(scores_of.smooth_scores(x, 3), [0, 3, 3, 3, 0, 0])
+    np.testing.assert_allclose(scores_of.smooth_scores(x, 4), [3, 9 / 4, 9 / 4, 9 / 4, 0, 0])
+    np.testing.assert_array_equal(scores_of.smooth_scores(x, 1), x)
 
 
 def test_the_archive_forgives_a_hundred_rows_or_the_length():

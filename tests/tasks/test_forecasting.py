@@ -108,8 +108,8 @@ def test_zero_targets_are_left_out_of_mape_alone():
 
 
 def test_refusals(split):
-    with pytest.raises(ValueError, match="'own' or 'point'"):
-        forecasting.loss_fn(MODEL, "ims")
+    with pytest.raises(ValueError, match="mode must be one of ims, direct"):
+        forecasting.loss_fn(MODEL, "own")
     with pytest.raises(ValueError, match="no windows"):
         forecasting.evaluate(MODEL, {}, split[1].take(np.arange(0)))
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax.tasks import random_kernels
-from ltsm_jax.tasks.random_kernels import Kernel
+from ltsm_jax.tasks.random_kernels import RandomConvolution
 
 
 def waves(n, seed):
@@ -18,7 +18,7 @@ def test_features_of_a_kernel_by_hand():
     """Weights 1, 0, -1 with dilation 2 and padding 2 over -1.5, -0.5, 0.5, 1.5 / std."""
     x = np.arange(4.0)[None, None]
     z = (x - 1.5)[0, 0] / x.std()
-    kernel = Kernel(np.array([0]), np.array([[1.0, 0, -1]]), 0.1, 2, 2)
+    kernel = RandomConvolution(np.array([0]), np.array([[1.0, 0, -1]]), 0.1, 2, 2)
     padded = np.concatenate([[0, 0], z, [0, 0]])
     response = [padded[i] - padded[i + 4] + 0.1 for i in range(4)]
     want = [max(response), np.mean(np.array(response) > 0)]

@@ -57,7 +57,7 @@ def stopped_and_resumed(jobs, mode, mesh, folder):
 def main():
     """Train six runs each way."""
     changes = {"checkpoint_seconds": 0, "steps_per_dispatch": 1}
-    found = {"separate": said(lanes.fit(test_lanes.jobs_of(rates=(3e-3,)), lanes="off"))}
+    found = {"separate": said(lanes.fit_jobs(test_lanes.jobs_of(rates=(3e-3,)), lanes="off"))}
     mesh = sharding.make_mesh("data=8")
     for mode in ("mapped", "batched"):
         placement = sharding.Placement(mesh)
@@ -66,9 +66,9 @@ def main():
             for job in test_lanes.jobs_of(rates=(3e-3,))
         ]
         assert lanes.signature(jobs[0]) is not None
-        before = lanes.advance._cache_size()
+        before = lanes.advance_lanes._cache_size()
         outcomes = lanes._as_lanes(jobs, range(6), Over(mode, mesh), None, None)
-        compiled = lanes.advance._cache_size() - before
+        compiled = lanes.advance_lanes._cache_size() - before
         leaf = outcomes[0].params["body"]["kernel"]
         found[mode] = said(list(outcomes.values())) | {
             "devices": len(leaf.sharding.device_set),

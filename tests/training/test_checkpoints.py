@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import forked
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def test_a_stopped_run_ends_with_the_same_bits(undisturbed, stopped):
         folder=stopped
     )  # the time between checkpoints and the dispatch size may differ
     assert_same_run(undisturbed[0], stopped)
-    jax.tree.map(np.testing.assert_array_equal, result.params, undisturbed[1].params)
+    chex.assert_trees_all_equal(result.params, undisturbed[1].params)
     assert result.history == undisturbed[1].history
     launches = [
         json.loads(s).get("launch_at_step")
@@ -125,8 +126,8 @@ def test_a_finished_run_is_read_and_not_computed(undisturbed):
     folder, result = undisturbed
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     again = problem.fit(folder=folder, loss_fn=refuse, validate=refuse)
-    jax.tree.map(np.testing.assert_array_equal, again.params, result.params)
-    jax.tree.map(np.testing.assert_array_equal, again.last_params, result.last_params)
+    chex.assert_trees_all_equal(again.params, result.params)
+    chex.assert_trees_all_equal(again.last_params, result.last_params)
     assert (again.history, again.best_epoch, again.steps, again.seconds) == (
         result.history,
         result.best_epoch,

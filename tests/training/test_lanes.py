@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +55,7 @@ def jobs_of(folder=None, alphas=ALPHAS, seeds=SEEDS, rates=RATES, **changes):
 @pytest.fixture(scope="module")
 def separate():
     """The runs one after the other."""
-    return lanes.fit(jobs_of(), lanes="off")
+    return lanes.fit_jobs(jobs_of(), lanes="off")
 
 
 @pytest.fixture
@@ -62,7 +63,9 @@ def way(monkeypatch):
     """Choose without timing."""
 
     def way(way, most=99):
-        monkeypatch.setattr(lanes, "choose", lambda *args, **kwargs: lanes.Choice(way, most, way))
+        monkeypatch.setattr(
+            lanes, "plan_lanes", lambda *args, **kwargs: lanes.LanePlan(way, most, way)
+        )
 
     return way
 
@@ -71,9 +74,7 @@ def assert_same(found, wanted):
     for a, b in zip(found, wanted, strict=True):
         assert a.history == b.history
         assert (a.best_epoch, a.steps) == (b.best_epoch, b.steps)
-        jax.tree.map(
-            np.testing.assert_array_equal, (a.params, a.last_params), (b.params, b.last_params)
-        )
+        chex.assert_trees_all_equal((a.params, a.last_params), (b.params, b.last_params))
 
 
 def assert_close(found, wanted):
@@ -94,18 +95,18 @@ def assert_close(found, wanted):
 def test_mapped_lanes_are_their_separate_runs_bit_for_bit(separate, way):
     way("mapped")
     assert {run.steps for run in separate} == {14, 28}, "some stop early"
-    assert_same(lanes.fit(jobs_of()), separate)
+    assert_same(lanes.fit_jobs(jobs_of()), separate)
 
 
 def test_batched_lanes_are_their_separate_runs_but_for_rounding(separate, way):
     way("batched", most=8)  # in two programs of six
-    assert_close(lanes.fit(jobs_of()), separate)
+    assert_close(lanes.fit_jobs(jobs_of()), separate)
 
 
 def test_lanes_of_one_seed_share_the_order_and_the_dropout(separate, way):
     way("batched")
     few = [0, 1, 4, 5]
-    assert_close(lanes.fit([jobs_of()[i] for i in few]), [separate[i] for i in few])
+    assert_close(lanes.fit_jobs([jobs_of()[i] for i in few]), [separate[i] for i in few])
     sweep = lanes.Sweep(jobs_of(seeds=(0,)), lanes.Over("batched"))
     sweep.begin_epoch(0)
     assert sweep.turn.which == (False, False, True), (
@@ -123,8 +124,8 @@ def test_penalties_and_frozen_leaves_of_a_lane_are_its_own(way):
         job = jobs_of(alphas=(1.0,), seeds=(0,), rates=(3e-3,))[0]
         jobs.append(job | {"params": params, "trainable": chosen, "penalty": penalty})
     assert lanes.signature(jobs[0]) == lanes.signature(jobs[1])
-    found = lanes.fit(jobs)
-    assert_same(found, lanes.fit(jobs, lanes="off"))
+    found = lanes.fit_jobs(jobs)
+    assert_same(found, lanes.fit_jobs(jobs, lanes="off"))
     np.testing.assert_array_equal(
         found[1].params["body"]["kernel"], problem.init(2)["body"]["kernel"]
     )
@@ -141,7 +142,7 @@ def test_a_lane_that_is_not_finite_ends_alone(separate, way, mode):
     jobs = jobs_of(rates=(3e-3,))
     broken = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), jobs[2]["params"])
     jobs[2] = jobs[2] | {"params": broken}
-    found = lanes.fit(jobs)
+    found = lanes.fit_jobs(jobs)
     assert isinstance(found[2], training.NonFiniteError)
     assert str(found[2]).startswith("loss nan at step 1 (epoch 1, batch 1 of 7)\n")
     with pytest.raises(training.NonFiniteError) as caught:
@@ -261,10 +262,12 @@ def test_the_quickest_way_is_taken_and_said(monkeypatch, seconds, compiled, want
         )
         return made[-1]
 
-    assert "too short" in lanes.choose(jobs_of(rates=(3e-3,))).why  # a few steps: nothing is timed
+    assert (
+        "too short" in lanes.plan_lanes(jobs_of(rates=(3e-3,))).why
+    )  # a few steps: nothing is timed
     monkeypatch.setattr(lanes, "FEWEST_STEPS", 0)
     monkeypatch.setattr(lanes, "_Timed", timed)
-    choice = lanes.choose(jobs_of(rates=(3e-3,)))
+    choice = lanes.plan_lanes(jobs_of(rates=(3e-3,)))
     assert choice.way == wanted and says in choice.why
     # All timed dispatches together take less than a hundredth of the runs.
     timings = [each.asked for each in made if hasattr(each, "asked")]
@@ -274,21 +277,21 @@ def test_the_quickest_way_is_taken_and_said(monkeypatch, seconds, compiled, want
 def test_lanes_are_timed_for_real_and_asked_for(capsys):
     timed = lanes._Timed(lanes._separate(jobs_of()[0]), 1)
     assert timed.compile_seconds >= 0 and 0 < timed.seconds < 1
-    assert lanes.choose(jobs_of(), "on").way == "mapped"
+    assert lanes.plan_lanes(jobs_of(), "on").way == "mapped"
     with pytest.raises(ValueError, match="lanes must be one of auto, on, off; got 'yes'"):
-        lanes.fit(jobs_of(), lanes="yes")
+        lanes.fit_jobs(jobs_of(), lanes="yes")
 
 
 def test_memory_limits_the_lanes_of_one_program(monkeypatch):
     jobs = jobs_of()
     monkeypatch.setattr(memory, "available", lambda: 300_000)
-    some = lanes.choose(jobs, "on")
+    some = lanes.plan_lanes(jobs, "on")
     assert 2 <= some.most < len(jobs)
     assert lanes._room(jobs, lanes.Over("batched"), False) < lanes._room(
         jobs, lanes.Over("mapped"), False
     )
     monkeypatch.setattr(memory, "available", lambda: 40_000)
-    assert lanes.choose(jobs).way == "separate"
+    assert lanes.plan_lanes(jobs).way == "separate"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,17 +320,17 @@ def contents(folder):
 def alone_on_disk(tmp_path_factory):
     """Run folders of separate runs."""
     folder = tmp_path_factory.mktemp("alone")
-    lanes.fit(jobs_of(folder, **FEW), lanes="off")
+    lanes.fit_jobs(jobs_of(folder, **FEW), lanes="off")
     return contents(folder)
 
 
 def test_each_lane_leaves_the_run_folder_of_its_separate_run(alone_on_disk, way, tmp_path):
     way("mapped")
-    found = lanes.fit(jobs_of(tmp_path, **FEW), folder=tmp_path / "sweep")
+    found = lanes.fit_jobs(jobs_of(tmp_path, **FEW), folder=tmp_path / "sweep")
     assert contents(tmp_path) == alone_on_disk
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["choice.json"]
     way("never chosen again")
-    assert_same(lanes.fit(jobs_of(tmp_path, **FEW), folder=tmp_path / "sweep"), found)
+    assert_same(lanes.fit_jobs(jobs_of(tmp_path, **FEW), folder=tmp_path / "sweep"), found)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +364,7 @@ def test_a_killed_sweep_goes_on_to_the_same_bits(alone_on_disk, way, tmp_path, m
 
             patch.setattr(lanes.Sweep, "hand_out", dies)
         with pytest.raises(Killed):
-            lanes.fit(jobs_of(tmp_path, **FEW, **each_step), folder=tmp_path / "sweep")
+            lanes.fit_jobs(jobs_of(tmp_path, **FEW, **each_step), folder=tmp_path / "sweep")
     taken = []
 
     def counted(self, place, count):
@@ -370,6 +373,6 @@ def test_a_killed_sweep_goes_on_to_the_same_bits(alone_on_disk, way, tmp_path, m
 
     monkeypatch.setattr(lanes.Sweep, "advance", counted)
     way("never chosen again")
-    lanes.fit(jobs_of(tmp_path, **FEW, **each_step), folder=tmp_path / "sweep")
+    lanes.fit_jobs(jobs_of(tmp_path, **FEW, **each_step), folder=tmp_path / "sweep")
     assert sum(taken) == (5 if where == "in the middle of an epoch" else 0)
     assert contents(tmp_path) == alone_on_disk

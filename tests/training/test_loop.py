@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from ltsm_jax.training import memory, step
 
 
 def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def written_out(params, source, config, penalty=None, weight=0.0):
@@ -86,9 +87,7 @@ def test_fit_is_the_loop_one_would_write(pulled):
     result = problem.fit(
         start, source, loss_fn=problem.dry_loss, config=config, validate=None, penalty=penalty
     )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result.params, expected
-    )
+    chex.assert_trees_all_close(result.params, expected, rtol=1e-4, atol=1e-5)
     sizes = np.minimum(config.batch_size, source.n - config.batch_size * np.arange(7))
     means = (np.reshape(losses, (3, 7)) * sizes).sum(1) / source.n
     np.testing.assert_allclose([row["train_loss"] for row in result.history], means, rtol=1e-4)

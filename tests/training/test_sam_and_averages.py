@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ def config(**changes):
 
 
 def mean_loss(moving, frozen, rows):
-    error = problem.predict(trees.merge(moving, frozen), rows["context"]) - rows["target"]
+    error = problem.predict(trees.combine(moving, frozen), rows["context"]) - rows["target"]
     return jnp.square(error).mean()
 
 
@@ -50,7 +51,7 @@ def written_out(rho=0.0):
                 g = gradient(near, frozen, rows)
             direction, state = tx.update(g, state, moving)
             moving = jax.tree.map(lambda p, d: p - RATE * d, moving, direction)
-            passed.append(trees.merge(moving, frozen))
+            passed.append(trees.combine(moving, frozen))
     return passed
 
 
@@ -64,7 +65,7 @@ def assert_close(a, b):
 
 
 def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def test_uphill_of_a_quadratic_by_hand():

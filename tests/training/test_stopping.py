@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import forked
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ def test_sigterm_stops_after_a_checkpoint_and_the_run_goes_on_with_the_same_bits
     undisturbed = problem.fit(folder=tmp_path / "undisturbed")
     shutil.copytree(folder, tmp_path / "resumed")
     resumed = problem.fit(folder=tmp_path / "resumed")
-    jax.tree.map(np.testing.assert_array_equal, resumed.last_params, undisturbed.last_params)
+    chex.assert_trees_all_equal(resumed.last_params, undisturbed.last_params)
     assert resumed.history == undisturbed.history
     metrics = [
         (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "resumed")
@@ -129,8 +130,8 @@ def test_ctrl_c_saves_and_stops_without_a_session_and_the_run_goes_on_with_the_s
     calls = []
     resumed = problem.fit(folder=tmp_path, validate=interrupting(calls, at=0))
     assert len(calls) == 3 and resumed.history == undisturbed.history
-    jax.tree.map(np.testing.assert_array_equal, resumed.params, undisturbed.params)
-    jax.tree.map(np.testing.assert_array_equal, resumed.last_params, undisturbed.last_params)
+    chex.assert_trees_all_equal(resumed.params, undisturbed.params)
+    chex.assert_trees_all_equal(resumed.last_params, undisturbed.last_params)
 
 
 def test_ctrl_c_in_a_session_is_a_stop_with_an_exit_code_of_its_own(tmp_path):

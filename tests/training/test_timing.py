@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax.training import progress, timing
-from ltsm_jax.training.timing import Estimate, Piece
+from ltsm_jax.training.timing import Piece, TimeEstimate
 
 
 def test_operations_of_products_loops_and_branches():
@@ -60,14 +60,14 @@ def test_a_piece_is_compiled_once_and_run(monkeypatch):
 
 def test_what_is_said():
     assert (
-        str(Estimate.of(Piece(0.5, 3.0), 20) + Estimate(1.0, 0.0))
+        str(TimeEstimate.of(Piece(0.5, 3.0), 20) + TimeEstimate(1.0, 0.0))
         == "about 14 s, 3 s of it to compile"
     )
     assert (
-        str(Estimate(7000.0, 0.0, measured=False))
+        str(TimeEstimate(7000.0, 0.0, measured=False))
         == "about 1.9 h; reckoned from floating-point operations"
     )
-    assert [timing.in_words(x) for x in (0.01, 45, 100, 4000, 40000)] == [
+    assert [timing.time_in_words(x) for x in (0.01, 45, 100, 4000, 40000)] == [
         "1 s",
         "45 s",
         "2 min",

@@ -9,7 +9,8 @@ batches the least important ones are set to 0, for good. The epoch with the best
 the masks. Fine-tuning (`methods.run.run(..., masks=...)`) starts from the pretrained weights times
 the masks.
 
-A masked model is the model with masked weights, exactly: see `merge`. Dropout is off while scoring.
+A masked model is the model with masked weights, exactly: see `apply_masks`. Dropout is off while
+scoring.
 
 Where the released code departs from its paper or from itself, what is right is the default:
 
@@ -39,18 +40,18 @@ loss, are of the models' own losses, where the right form is the only one.
 Letters as in `models.family`.
 """
 
-from ltsm_jax.layers.masks import masked, merge
-from ltsm_jax.layers.masks import weights as weights_of
+from ltsm_jax.layers.masks import apply_masks, masked
+from ltsm_jax.layers.masks import masks_by_weight as weights_of
 from ltsm_jax.methods.pruning.channels import (
-    QUIRKS,
+    PRUNING_QUIRKS,
     REFUSED,
     Score,
     cut,
     full_masks,
     gradient_sums,
     importance_of,
+    pruning_step,
     refuse_pruned,
-    select,
     share_left,
 )
 from ltsm_jax.methods.pruning.config import PruneConfig
@@ -59,11 +60,12 @@ from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_ex
 from ltsm_jax.methods.pruning.schedule import PruneResult, prune
 
 __all__ = [
-    "QUIRKS",
+    "PRUNING_QUIRKS",
     "REFUSED",
     "PruneConfig",
     "PruneResult",
     "Score",
+    "apply_masks",
     "block_influence",
     "cut",
     "drop_layers",
@@ -75,10 +77,9 @@ __all__ = [
     "kept_experts",
     "least_influential",
     "masked",
-    "merge",
     "prune",
+    "pruning_step",
     "refuse_pruned",
-    "select",
     "share_left",
     "weights_of",
 ]

@@ -19,14 +19,14 @@ from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.masks import masked
 from ltsm_jax.models import Model, parts
 from ltsm_jax.sharding import Placement
+from ltsm_jax.trees import Params
 
-Params = Any
 Masks = Any  # nested dict, see `full_masks`; importance and order are trees of the same structure
 Score = Literal["taylor2", "taylor1", "taylor2-mean-loss"]
 HERE = Placement()  # where the arrays lie
 CHUNK = 32  # rows whose gradients are computed side by side
 
-QUIRKS = frozenset({"head-only", "every-linear"})
+PRUNING_QUIRKS = frozenset({"head-only", "every-linear"})
 REFUSED = {
     "all-experts": "a negative threshold that prunes every expert (Q6) leaves no mixture; None "
     "prunes none of them",
@@ -47,7 +47,7 @@ REFUSED = {
 
 @functools.cache
 def _shapes(model: Model) -> Mapping[str, Any]:
-    return trees.flatten(layer_masks.shapes(model.init, jax.random.key(0)))
+    return trees.flatten(layer_masks.mask_shapes(model.init, jax.random.key(0)))
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def full_masks(
     quirks = known_quirks(quirks)
     flat = _shapes(model)
     linears = {path.rsplit("/", 1)[0] for path in flat}
-    heads = {path for path in linears if re.search(model.head, f"{path}/kernel")}
+    heads = {path for path in linears if re.search(model.head_leaves, f"{path}/kernel")}
     routers = _routers(model)
     blocks = {path for path in linears if parts.layer_of(model, path)} - heads - routers
     if "every-linear" in quirks:
@@ -112,8 +112,8 @@ def known_quirks(quirks: Collection[str]) -> frozenset[str]:
     quirks = frozenset({quirks} if isinstance(quirks, str) else quirks)
     problems = [f"{name}: refused, {REFUSED[name]}" for name in sorted(quirks & REFUSED.keys())]
     problems += [
-        f"{name}: unknown, there are {', '.join(sorted(QUIRKS))}"
-        for name in quirks - QUIRKS - REFUSED.keys()
+        f"{name}: unknown, there are {', '.join(sorted(PRUNING_QUIRKS))}"
+        for name in quirks - PRUNING_QUIRKS - REFUSED.keys()
     ]
     if len(quirks & {"head-only", "every-linear"}) == 2:
         problems.append("head-only and every-linear exclude each other")
@@ -227,7 +227,7 @@ def no_sums(masks: Masks, *, squares: bool = True, stacks: Collection[str] = ())
 
 
 def _reached(h: Mapping[str, jax.Array], stack: str) -> jax.Array:
-    """Which experts a token of each row reached: 0 or 1 [rows, E]."""
+    """Mark the experts that a token of each row reached: 0 or 1 [rows, E]."""
     parts = [(x != 0).any(axis=2) for path, x in h.items() if path.startswith(f"{stack}/")]
     return functools.reduce(jnp.logical_or, parts).astype(jnp.float32)
 
@@ -268,13 +268,13 @@ def importance_of(sums: Mapping[str, Any], masks: Masks, score: Score = "taylor2
     return trees.unflatten(flat)
 
 
-def select(
-    importance: Masks, masks: Masks, r_step: float, skipped: Mapping[str, np.ndarray] | None = None
+def pruning_step(
+    importance: Masks, masks: Masks, r_step: float, scored: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Masks, Masks]:
     """One pruning step over all layers together: the share `r_step` of the channels with the
     smallest |I| goes.
 
-    Of the channels with |I| > 0 that are not skipped, the K = ceil(number * r_step) smallest set a
+    Of the scored channels with |I| > 0, the K = ceil(number * r_step) smallest set a
     threshold; all up to it go, ties included, and so do channels whose importance is exactly 0,
     which do not count in K. What is pruned has importance 0 and stays pruned. A channel without
     which the loss would be much LOWER is kept, because of |.|.
@@ -282,8 +282,8 @@ def select(
     Args:
       importance: averaged scores, tree like masks. masks: 0 or 1.
       r_step: share in [0, 1].
-      skipped: by flat path ("layer_0/mixture/experts/up/in"), booleans that broadcast to the mask:
-        not to be touched.
+      scored: by flat path ("layer_0/mixture/experts/up/in"), booleans that broadcast to the mask:
+        True where a channel may go; without an entry, every channel may.
     Returns: (masks, importance), new float32 trees on the host.
     Source: section "selection" of the released `prune` step (SJTU-DMTai/Prune-then-Finetune).
     Example: I = [0.5, -0.02, 0, 0.3], [-0.02, 0.1, 0.9], [0.001, 0.7] and r_step 0.2: 8 are not 0,
@@ -291,16 +291,23 @@ def select(
     """
     flat_i = {path: np.asarray(x, np.float32) for path, x in trees.flatten(importance).items()}
     flat_m = {path: np.asarray(x, np.float32) for path, x in trees.flatten(masks).items()}
-    free = {p: ~np.broadcast_to((skipped or {}).get(p, False), x.shape) for p, x in flat_i.items()}
+    free = {}
+    for path, x in flat_i.items():
+        free[path] = np.broadcast_to((scored or {}).get(path, True), x.shape)
+
+    # The threshold is the K-th smallest size of all layers together. Zeros go in any case and do
+    # not count in K; where K is all of the others, they alone go.
     sizes = np.concatenate([np.abs(x[free[p]]).ravel() for p, x in flat_i.items()])
     sizes = sizes[sizes > 0]
     k = math.ceil(len(sizes) * r_step)
-    threshold = np.partition(sizes, k - 1)[k - 1] if 0 < k < len(sizes) else np.float32(0)
+    threshold = np.float32(0)
+    if 0 < k < len(sizes):
+        threshold = np.partition(sizes, k - 1)[k - 1]
+
     gone = {p: free[p] & (np.abs(x) <= threshold) for p, x in flat_i.items()}
-    return (
-        trees.unflatten({p: np.where(gone[p], np.float32(0), m) for p, m in flat_m.items()}),
-        trees.unflatten({p: np.where(gone[p], np.float32(0), x) for p, x in flat_i.items()}),
-    )
+    new_masks = {p: np.where(gone[p], np.float32(0), m) for p, m in flat_m.items()}
+    new_importance = {p: np.where(gone[p], np.float32(0), x) for p, x in flat_i.items()}
+    return trees.unflatten(new_masks), trees.unflatten(new_importance)
 
 
 def cut(order: Masks, share: float) -> Masks:
@@ -322,7 +329,8 @@ def cut(order: Masks, share: float) -> Masks:
 def share_left(masks: Masks) -> float:
     """Share of the channels that are not pruned."""
     flat = [np.asarray(x) for x in jax.tree.leaves(masks)]
-    return float(sum((x != 0).sum() for x in flat) / sum(x.size for x in flat))
+    left = sum(np.count_nonzero(x) for x in flat)
+    return float(left / trees.count(flat))
 
 
 def refuse_pruned(model: Model, params: Params) -> None:
@@ -330,7 +338,7 @@ def refuse_pruned(model: Model, params: Params) -> None:
     leaves them.
     """
     flat, zeros = trees.flatten(params), 0
-    for path, (m_in, _) in layer_masks.weights(params, full_masks(model)).items():
+    for path, (m_in, _) in layer_masks.masks_by_weight(params, full_masks(model)).items():
         kernel = np.asarray(sharding.on_host(flat[path])) if path in flat else None
         if kernel is None or not path.endswith("/kernel"):
             continue

@@ -8,7 +8,8 @@ from ltsm_jax.methods.pruning.channels import Score, known_quirks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """How to prune: what is scored, how much goes, and when a run stops. All fields are keywords.
+    """Settings of pruning: what is scored, how much goes, and when a run stops. All fields are
+    keywords.
 
     Attributes:
       ratio: share of the channels pruned per epoch, in (0, 1); about exp(-ratio) of them are left

@@ -18,8 +18,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.models.parts import shorter, stacks
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Task
-
-Params = Any
+from ltsm_jax.trees import Params
 
 
 def block_influence(
@@ -137,7 +136,7 @@ def check_depth(model: Model, params: Params, count: int) -> None:
     if not count:
         return
     equal = dict.fromkeys(_layers(model, params), 0.0)
-    shorter(model, params, least_influential(model, params, equal, count))
+    shorter(model, params, least_influential(model, params, equal, count=count))
 
 
 def drop_layers(model: Model, params: Params, gone: Sequence[str]) -> tuple[Model, Params]:

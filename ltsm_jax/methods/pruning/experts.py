@@ -15,8 +15,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.models.parts import place_of
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.batches import in_batches
-
-Params = Any
+from ltsm_jax.trees import Params
 
 
 def expert_usage(
@@ -28,8 +27,8 @@ def expert_usage(
     batch_size: int | None = None,
     placement: Placement | None = None,
 ) -> dict[str, np.ndarray]:
-    """How often the router chooses each expert, over all windows of all `parts` together, in
-    forecasting.
+    """Share of the tokens that the router sends to each expert, over all windows of all `parts`
+    together, in forecasting.
 
     Args:
       parts: windows; their targets are not looked at.
@@ -51,7 +50,7 @@ def expert_usage(
             ),
             windows.n,
             batch_size or model.eval_batch * placement.row_parts,
-            placement,
+            placement=placement,
         )
         for path, count_NE in counts.items():
             totals[path] = totals.get(path, 0) + count_NE.sum(0)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 
 from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import windows as orders
-from ltsm_jax.layers.masks import merge, place, weights
+from ltsm_jax.layers.masks import apply_masks, masks_by_weight, place
 from ltsm_jax.methods.binding import model_facts
 from ltsm_jax.methods.pruning.channels import (
     Masks,
@@ -28,7 +28,7 @@ from ltsm_jax.methods.pruning.channels import (
     gradient_sums,
     importance_of,
     no_sums,
-    select,
+    pruning_step,
     share_left,
 )
 from ltsm_jax.methods.pruning.config import PruneConfig
@@ -93,7 +93,7 @@ class PruneResult:
     @property
     def pruned(self) -> Params:
         """`params` with the masks multiplied in."""
-        return merge(self.params, self.masks)
+        return apply_masks(self.params, self.masks)
 
 
 @hosts.interruptible()
@@ -113,9 +113,9 @@ def prune(
 
     The training windows run through the frozen model in the order in which fine-tuning with this
     seed sees them. After every group of batches the scores of its windows enter each channel's
-    average importance, I = s at first and then ema * s + (1 - ema) * I, and `select` takes the
-    share r_step = ratio * (batches of a group) / (batches of an epoch). So about exp(-ratio) of the
-    channels are left after an epoch. Each epoch ends with a validation of the masked model.
+    average importance, I = s at first and then ema * s + (1 - ema) * I, and `pruning_step` takes
+    the share r_step = ratio * (batches of a group) / (batches of an epoch). So about exp(-ratio) of
+    the channels are left after an epoch. Each epoch ends with a validation of the masked model.
 
     It happens where the parameters lie, as in `training.fit`: over a mesh each device has its own
     rows of every batch. Several hosts all call with the same arguments and see one folder; SIGTERM
@@ -155,28 +155,33 @@ def prune(
             facts["windows_sha256"] = storage.sha256_of(windows)
             run = training.RunFolder(folder, facts)
             open_until_the_end.enter_context(contextlib.closing(run))
-        first = (
-            task.evaluate(model, params, data, "val", placement)
-            if run is None or not run.steps()
-            else {}
+        # A run that goes on has its first validation in its history.
+        first = {}
+        if run is None or not run.steps():
+            first = task.evaluate(model, params, data, "val", placement)
+        reduced = _reduce(
+            model,
+            params,
+            config,
+            task=task,
+            data=data,
+            windows=windows,
+            batch_size=batch_size,
+            folder=None if folder is None else Path(folder),
+            placement=placement,
         )
-        place = None if folder is None else Path(folder)
-        influence, gone = None, ()
-        if config.depth:
-            influence = _influence(model, params, [windows], task, batch_size, place, placement)
-            gone = least_influential(model, params, influence, config.depth)
-            model, params = drop_layers(model, params, gone)
-        usage, top = None, getattr(model.config, "top_k", 0)
-        if config.expert_threshold is not None:
-            usage = _usage(
-                model, params, [windows, task.windows(model, data, "val")], place, placement
-            )
-            model, params = keep_experts(
-                model, params, kept_experts(usage, config.expert_threshold, top)
-            )
-        masks = full_masks(model, **candidates)
+        model, params = reduced.model, reduced.params
         pruning = _Pruning(
-            model, params, masks, windows, data, task, settings, config.chunk, run, placement
+            model,
+            params,
+            full_masks(model, **candidates),
+            windows=windows,
+            data=data,
+            task=task,
+            settings=settings,
+            chunk=config.chunk,
+            run=run,
+            placement=placement,
         )
         pruning.start(
             {"epoch": 0, "steps": 0, "left": 1.0} | {f"val_{k}": v for k, v in first.items()}
@@ -189,13 +194,65 @@ def prune(
         order = pruning.order()
         cuts = {}
         for share in config.ratios:
-            cuts[share] = task.evaluate(
-                model, merge(params, cut(order, share), placement), data, "val", placement
-            )
+            masked = apply_masks(params, cut(order, share), placement)
+            cuts[share] = task.evaluate(model, masked, data, "val", placement)
+    return _result(pruning, reduced, order=order, cuts=cuts)
+
+
+class _Reduced(NamedTuple):
+    """A model without the layers and experts that go before channels do, and why these."""
+
+    model: Model
+    params: Params
+    usage: dict[str, np.ndarray] | None
+    influence: dict[str, float] | None
+    gone: tuple[str, ...]
+
+
+def _reduce(
+    model: Model,
+    params: Params,
+    config: PruneConfig,
+    *,
+    task: Task,
+    data: Any,
+    windows: Any,
+    batch_size: int,
+    folder: Path | None,
+    placement: Placement,
+) -> _Reduced:
+    """Take out the layers and the experts that the config asks to remove, layers first."""
+    influence, gone = None, ()
+    if config.depth:
+        influence = _influence(
+            model,
+            params,
+            [windows],
+            task=task,
+            batch_size=batch_size,
+            folder=folder,
+            placement=placement,
+        )
+        gone = least_influential(model, params, influence, count=config.depth)
+        model, params = drop_layers(model, params, gone)
+
+    usage, top = None, getattr(model.config, "top_k", 0)
+    if config.expert_threshold is not None:
+        parts = [windows, task.windows(model, data, "val")]
+        usage = _usage(model, params, parts, folder=folder, placement=placement)
+        kept = kept_experts(usage, config.expert_threshold, top)
+        model, params = keep_experts(model, params, kept)
+    return _Reduced(model=model, params=params, usage=usage, influence=influence, gone=gone)
+
+
+def _result(
+    pruning: "_Pruning", reduced: _Reduced, *, order: Masks, cuts: dict[float, Any]
+) -> PruneResult:
+    """Collect what a finished run found, with the masks of its best epoch."""
     best = pruning.best
     return PruneResult(
-        model=model,
-        params=params,
+        model=reduced.model,
+        params=reduced.params,
         masks=jax.tree.map(
             lambda step: jnp.asarray(np.asarray(step) == 0, jnp.float32), best["step"]
         ),
@@ -204,11 +261,11 @@ def prune(
         history=pruning.history,
         best_epoch=pruning.best_epoch,
         cuts=cuts,
-        usage=usage,
-        influence=influence,
-        gone=gone,
+        usage=reduced.usage,
+        influence=reduced.influence,
+        gone=reduced.gone,
         stopped=pruning.stopped,
-        splits=data,
+        splits=pruning.data,
     )
 
 
@@ -307,8 +364,8 @@ def _batch_sums(
         loss,
         params,
         masks,
-        batch,
-        key,
+        batch=batch,
+        key=key,
         squares=squares,
         chunk=chunk,
         stacks=stacks,
@@ -323,7 +380,7 @@ _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
 @functools.partial(jax.jit, static_argnames="placement")
 def _zeros(params: Params, masks: Masks, placement: Placement) -> jax.Array:
-    merged = jax.tree.leaves(merge(params, masks))
+    merged = jax.tree.leaves(apply_masks(params, masks))
     n = sum((jnp.sum(x == 0, dtype=jnp.float32) for x in merged), jnp.zeros(()))
     return placement.everywhere(n / trees.count(merged))
 
@@ -342,6 +399,7 @@ class _Pruning:
         model,
         params,
         masks: Masks,
+        *,
         windows,
         data,
         task: Task,
@@ -502,14 +560,14 @@ class _Pruning:
             self.masks,
             jax.tree.map(lambda x: jnp.asarray(sharding.on_host(x)), self.sums),
         )
-        skipped, a = self._unseen(), np.float32(self.settings["ema"])
+        scored, a = self._scored(), np.float32(self.settings["ema"])
         old, new = trees.flatten(self.state["importance"]), {}
         for path, s in trees.flatten(importance_of(sums, masks, self.settings["score"])).items():
             s = np.abs(s) if self.settings["ema_abs"] else np.asarray(s)
             average = np.where(np.isnan(old[path]), s, a * s + (1 - a) * old[path])
-            new[path] = np.where(skipped.get(path, False), old[path], average)
+            new[path] = np.where(scored.get(path, True), average, old[path])
         before = trees.unflatten(new)
-        after, importance = select(before, masks, self.r_step, skipped)
+        after, importance = pruning_step(before, masks, self.r_step, scored=scored)
         self.steps += 1
         gone = jax.tree.map(lambda was, now: (was != 0) & (now == 0), masks, after)
         self.state = {
@@ -524,24 +582,23 @@ class _Pruning:
         self.sums, self.waiting = self._no_sums(), 0
         return after
 
-    def _unseen(self) -> dict[str, np.ndarray]:
-        """Of stacked experts, by flat path of a mask, booleans [E, 1]: no token of the group has
-        reached the expert.
+    def _scored(self) -> dict[str, np.ndarray]:
+        """Mark stacked experts that a token of the group has reached: booleans [E, 1] by flat path
+        of a mask.
 
-        Then none of its masks has a gradient in any row.
+        Of an expert that none has reached, no mask has a gradient in any row, and the group says
+        nothing of its channels.
         """
         sums = trees.flatten(self.sums["squares"] if self.squares else self.sums["h"])
         found = {}
         for stack in self.stacks:
             paths = [path for path in sums if path.startswith(f"{stack}/")]
-            unseen_E = np.all(
-                [(sharding.on_host(sums[path]) == 0).all(axis=1) for path in paths], axis=0
-            )
-            found |= dict.fromkeys(paths, unseen_E[:, None])
+            reached = [(sharding.on_host(sums[path]) != 0).any(axis=1) for path in paths]
+            found |= dict.fromkeys(paths, np.any(reached, axis=0)[:, None])
         return found
 
     def _validate(self, masks: Masks, epoch: int, full: bool) -> None:
-        selects, merged = self.task.selects, merge(self.params, masks, self.placement)
+        selects, merged = self.task.selects, apply_masks(self.params, masks, self.placement)
         scores = self.task.evaluate(self.model, merged, self.data, "val", self.placement)
         if not math.isfinite(scores[selects]):
             raise training.NonFiniteError(
@@ -595,5 +652,9 @@ class _Pruning:
 def _stacks(params: Params, masks: Masks) -> list[str]:
     """Paths of the stacked experts that have masks."""
     return sorted(
-        {path.rpartition("/")[0] for path in weights(params, masks) if not path.endswith("/kernel")}
+        {
+            path.rpartition("/")[0]
+            for path in masks_by_weight(params, masks)
+            if not path.endswith("/kernel")
+        }
     )
