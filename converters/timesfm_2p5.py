@@ -340,15 +340,15 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    layer = equal_layer(config.layers, "TimesFM")
+    equal_layer(config.layers, "TimesFM")
     if table == TRANSFORMERS:
-        return _transformers_config(config, layer)
-    return _definition(config, layer)
+        return _transformers_config(config)
+    return _definition(config)
 
 
-def _transformers_config(config: TimesFM2p5Config, layer: LayerDims) -> dict[str, Any]:
-    """The config.json of the transformers library."""
-    d = config.d_model
+def _transformers_config(config: TimesFM2p5Config) -> dict[str, Any]:
+    """The config.json of the transformers library, of a model with equal layers."""
+    d, layer = config.d_model, config.layers[0]
     if {config.embed_dim, config.point_dim, config.spread_dim} != {d}:
         raise ValueError(
             f"the transformers library has blocks as wide as the model ({d}); this one has others"
@@ -384,9 +384,9 @@ def _transformers_config(config: TimesFM2p5Config, layer: LayerDims) -> dict[str
     }
 
 
-def _definition(config: TimesFM2p5Config, layer: LayerDims) -> dict[str, Any]:
-    """The fields of the original's Definition."""
-    d, columns = config.d_model, 1 + len(config.quantiles)
+def _definition(config: TimesFM2p5Config) -> dict[str, Any]:
+    """The fields of the original's Definition, of a model with equal layers."""
+    d, columns, layer = config.d_model, 1 + len(config.quantiles), config.layers[0]
     if layer.attn.heads * config.head_dim != d:
         raise ValueError(
             f"the original TimesFM has model_dims = heads * head width, not {d} and "

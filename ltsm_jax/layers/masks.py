@@ -42,7 +42,7 @@ def branch(name: str):
         _BRANCH.reset(token)
 
 
-def path_of(module: nn.Module) -> str:
+def module_path(module: nn.Module) -> str:
     """The path of a module's parameters in the whole tree, "layer_0/attn/out"."""
     return "/".join((*_BRANCH.get(), *module.path))
 
@@ -74,7 +74,7 @@ def masked(masks: Tree):
         yield
 
 
-def shapes(function: Callable[..., Any], *args: Any) -> Tree:
+def mask_shapes(function: Callable[..., Any], *args: Any) -> Tree:
     """The tree of masks that fits the linears and experts that function(*args) calls, as
     `jax.ShapeDtypeStruct`.
 
@@ -120,7 +120,7 @@ def _called(function: Callable[..., Any], *args: Any) -> dict[str, Linear | Expe
     def call(inner, args, kwargs, context):
         module = context.module
         if context.method_name == "__call__" and isinstance(module, Linear | Experts):
-            found[path_of(module)] = module
+            found[module_path(module)] = module
         return inner(*args, **go_whole(context, kwargs))
 
     with nn.intercept_methods(call):
@@ -128,7 +128,7 @@ def _called(function: Callable[..., Any], *args: Any) -> dict[str, Linear | Expe
     return found
 
 
-def weights(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:
+def masks_by_weight(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:
     """(m_in, m_out) by the path of the weights that they mask: "layer_0/up/kernel", and of stacked
     experts "layer_0/mixture/experts/gate".
 
@@ -185,7 +185,7 @@ def place(masks: Tree, params: Tree, placement: Placement | None = None) -> Tree
     if mesh is None:
         return masks
     flat, found = flatten(params), {}
-    for path, (m_in, m_out) in weights(params, masks).items():
+    for path, (m_in, m_out) in masks_by_weight(params, masks).items():
         layer, n = path.removesuffix("/kernel"), m_in.ndim
         leaf = flat[path] if path in flat else flat[f"{layer}/bias"]
         axes = sharding.axes_of(leaf) if path in flat else (*[None] * n, *sharding.axes_of(leaf))
@@ -197,11 +197,11 @@ def place(masks: Tree, params: Tree, placement: Placement | None = None) -> Tree
     return unflatten({path: found[path] for path in flatten(masks)})
 
 
-def merge(params: Tree, masks: Tree, placement: Placement | None = None) -> Tree:
+def apply_masks(params: Tree, masks: Tree, placement: Placement | None = None) -> Tree:
     """The masked model's weights: kernel * m_in * m_out, bias * m_out; everything else as it is.
 
     With masks of 0 and 1 it is the masked model, exactly, and weights that a mask makes 0 have
-    gradient 0: training the merged weights of `merge(params, masks)` leaves what is pruned at 0.
+    gradient 0: training the weights of `apply_masks(params, masks)` leaves what is pruned at 0.
     Works under jit and grad.
 
     Args:
@@ -221,7 +221,7 @@ def merge(params: Tree, masks: Tree, placement: Placement | None = None) -> Tree
 
 def _merge(params: Tree, masks: Tree) -> Tree:
     flat = dict(flatten(params))
-    for path, (m_in, m_out) in weights(params, masks).items():
+    for path, (m_in, m_out) in masks_by_weight(params, masks).items():
         stacked, bias = not path.endswith("/kernel"), path[: -len("kernel")] + "bias"
         if not stacked and bias in flat:
             flat[bias] = flat[bias] * m_out.astype(flat[bias].dtype)

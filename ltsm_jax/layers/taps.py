@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ltsm_jax.layers.masks import path_of
+from ltsm_jax.layers.masks import module_path
 from ltsm_jax.layers.shortcuts import go_whole
 
 
@@ -24,7 +24,7 @@ def arguments_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[Any, .
     seen: dict[str, list[tuple[Any, ...]]] = {path: [] for path in paths}
 
     def note(call, args, kwargs, context):
-        if context.method_name == "__call__" and (path := path_of(context.module)) in seen:
+        if context.method_name == "__call__" and (path := module_path(context.module)) in seen:
             seen[path].append(args)
         return call(*args, **go_whole(context, kwargs))
 
@@ -41,7 +41,7 @@ def calls_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[tuple[Any,
 
     def note(call, args, kwargs, context):
         result = call(*args, **go_whole(context, kwargs))
-        if context.method_name == "__call__" and (path := path_of(context.module)) in seen:
+        if context.method_name == "__call__" and (path := module_path(context.module)) in seen:
             seen[path].append((args, result))
         return result
 

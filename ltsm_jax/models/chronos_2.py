@@ -303,7 +303,7 @@ class Chronos2(Model):
     published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-2)"
     shard_rules = (

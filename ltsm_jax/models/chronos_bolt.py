@@ -240,7 +240,7 @@ class ChronosBolt(Model):
     family = "chronos_bolt"
     published = PRESETS
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-bolt)"
     shard_rules = (

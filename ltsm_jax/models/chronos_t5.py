@@ -240,7 +240,7 @@ def _bins(cfg: ChronosT5Config) -> tuple[np.ndarray, np.ndarray]:
     return bins(cfg.n_tokens - cfg.n_special - 1, cfg.low, cfg.high)
 
 
-def scale_of(x_BT: jax.Array) -> jax.Array:
+def mean_scale(x_BT: jax.Array) -> jax.Array:
     """Mean absolute value [B] of what is observed of x [B, T]; 1 where that is 0 or nothing is."""
     observed_BT = ~jnp.isnan(x_BT)
     total_B = jnp.where(observed_BT, jnp.abs(x_BT), 0.0).sum(-1)
@@ -407,7 +407,7 @@ class ChronosT5(Model):
     family = "chronos_t5"
     published = PRESETS
     missing_in_front = True
-    head = r"^shared$"  # the output layer, which is the embedding of the input too
+    head_leaves = r"^shared$"  # the output layer, which is the embedding of the input too
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
@@ -487,7 +487,7 @@ class ChronosT5(Model):
         cfg = self.config
         x_RT = self._series(context)[:, -cfg.context_len :]
         y_RH = target.astype(jnp.float32).reshape(x_RT.shape[0], -1)
-        scale_R = scale_of(x_RT)
+        scale_R = mean_scale(x_RT)
         ids_RS, observed_RS = tokenize(cfg, x_RT, scale_R)
         labels_RN, scored_RN = tokenize(cfg, y_RH, scale_R)
         start_R1 = jnp.full((y_RH.shape[0], 1), cfg.start, labels_RN.dtype)
@@ -632,7 +632,7 @@ class ChronosT5(Model):
         ...] only the first `steps` are taken.
         """
         cfg, (length, r, paths) = self.config, draws.shape[:3]
-        scale_R = scale_of(x_RW)
+        scale_R = mean_scale(x_RW)
         ids_RS, observed_RS = tokenize(cfg, x_RW, scale_R)
         # Once for all paths of a series.
         _, _, context = self._net(params, ids_RS, observed_RS, None)
@@ -653,16 +653,16 @@ class ChronosT5(Model):
                 kept[layer] = {"k": arrays["k"], "v": arrays["v"]}
             return ids_RNS, kept
 
-        start = (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length))
+        start = (ids_RNS, t5.empty_decoder_cache(cfg.decoder, r * paths, length))
         ids_RNS, _ = jax.lax.fori_loop(0, steps, step, start)
         return jnp.asarray(token_values(cfg))[ids_RNS[..., 1:]] * scale_R[:, None, None]
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
         """The encoder's output [B, C, S, D] for `context` [B, C, T]: a vector for each of the
         newest `context_len` steps, and a last one for EOS where the model uses it. The scale is not
-        in it (`scale_of` gives it).
+        in it (`mean_scale` gives it).
         """
         check_context(context, 1)
         x_RT = self._series(context)[:, -self.config.context_len :]
-        _, taps, _ = self._net(params, *tokenize(self.config, x_RT, scale_of(x_RT)), None)
+        _, taps, _ = self._net(params, *tokenize(self.config, x_RT, mean_scale(x_RT)), None)
         return taps["memory"].reshape(*context.shape[:2], *taps["memory"].shape[1:])

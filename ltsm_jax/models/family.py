@@ -64,10 +64,11 @@ class Recipe:
     models.
 
     lr, batch_size (windows), epochs, schedule, weight_decay, clip: as in `training.TrainConfig`.
-    context_len, horizon: time steps. loss: "own" (the family's training loss) or "point" (MSE of
-    the point forecast). source: where the numbers are from. trainable: regular expression of the
-    leaves that the source trains; None: all. lora: the adapters that it trains instead. These two
-    are what the strategy "recipe" trains; the others say themselves what they train.
+    context_len, horizon: time steps. mode: "ims" (the family's training loss) or "direct" (MSE of
+    the point forecast), see `tasks.forecasting.Forecasting`. source: where the numbers are from.
+    trainable: regular expression of the leaves that the source trains; None: all. lora: the
+    adapters that it trains instead. These two are what the strategy "recipe" trains; the others say
+    themselves what they train.
     """
 
     lr: float
@@ -76,7 +77,7 @@ class Recipe:
     schedule: str
     context_len: int
     horizon: int
-    loss: Literal["own", "point"]
+    mode: Literal["ims", "direct"]
     source: str
     weight_decay: float = 0.0
     clip: float | None = None
@@ -98,10 +99,10 @@ class Model(abc.ABC):
     # config by published name: checkpoint file stem, or hub name "owner/name" or
     # "owner/name@revision"
     published: ClassVar[Mapping[str, Any]] = {}
-    head: ClassVar[str]  # regular expression: the leaves that linear probing trains
+    head_leaves: ClassVar[str]  # regular expression: the leaves that linear probing trains
     tasks: ClassVar[tuple[Task, ...]]
     licence: ClassVar[str]  # of the published weights
-    heads: ClassVar[tuple[str, ...]] = ()  # heads that `with_head` can put on
+    head_names: ClassVar[tuple[str, ...]] = ()  # heads that `with_head` can put on
     # kinds of covariates that `predict_with` takes: "past" and "known"
     covariates: ClassVar[frozenset[str]] = frozenset()
     # NaN in front of a context give the forecast (of a sampling family, its distribution) of the
@@ -298,7 +299,7 @@ class Model(abc.ABC):
         """The same body under a fresh, untrained head: (model, params). sizes: horizon=..., or
         n_classes=....
 
-        Raises: ValueError for a head that is not in `heads`.
+        Raises: ValueError for a head that is not in `head_names`.
         """
         raise ValueError(f"{self.family} has no exchangeable heads")
 

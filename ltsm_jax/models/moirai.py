@@ -36,8 +36,8 @@ from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.multiscale import (
     CrossScale,
-    Layout,
     MultiScale,
+    ScaleLayout,
     ScaleLinear,
     ScaleLora,
     ScaleMixture,
@@ -192,12 +192,12 @@ class Block(nn.Module):
     dims: LayerDims
 
     @nn.compact
-    def __call__(self, x_BND, tokens: Tokens, train: bool, layout: Layout | None = None):
+    def __call__(self, x_BND, tokens: Tokens, train: bool, layout: ScaleLayout | None = None):
         cfg, taps = self.cfg, {}
         seen_BNS, same_BNS = tokens.same_sample, tokens.same_variate
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
-        adapters = self.adapters(layout.how, multiscale.scale_of(tokens)) if layout else None
+        adapters = self.adapters(layout.how, multiscale.scale_index(tokens)) if layout else None
         y_BND, inner = attention(
             y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters
         )
@@ -240,7 +240,7 @@ class MoiraiNet(nn.Module):
         train: bool = False,
         only: tuple[int, int] | None = None,
         lean: bool = False,
-        layout: Layout | None = None,
+        layout: ScaleLayout | None = None,
         scale: tuple[jax.Array, jax.Array] | None = None,
         whole: bool = False,
     ):
@@ -258,7 +258,7 @@ class MoiraiNet(nn.Module):
             scaled_BNP, patch
         )
         if layout:
-            x_BND = ScaleLinear(layout.how, name="scale_in")(x_BND, multiscale.scale_of(tokens))
+            x_BND = ScaleLinear(layout.how, name="scale_in")(x_BND, multiscale.scale_index(tokens))
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
         x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
         looped = loops(self, lean, train, whole=whole)
@@ -295,7 +295,7 @@ class Moirai(Model):
 
     family = "moirai"
     published = PRESETS
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     # beside what is new: as in MSFT, not the embedding, the projections of attention and the
     # feed-forward layers
@@ -332,7 +332,7 @@ class Moirai(Model):
         layout = None
         if cfg.multiscale:
             past = observed_series(jnp.zeros((1, 1, patch)))
-            tokens, layout = multiscale.pack(past, 1, patch, width=patch, how=cfg.multiscale)
+            tokens, layout = multiscale.pack_scales(past, 1, patch, width=patch, how=cfg.multiscale)
         net: Any = MoiraiNet(cfg)
         shapes = jax.eval_shape(lambda k, x: net.init(k, x, patch, layout=layout), key, tokens)[
             "params"
@@ -448,7 +448,9 @@ class Moirai(Model):
         how = self.config.multiscale
         assert how is not None, "this model has one scale"
         c, width = past[0].shape[1], max(self.config.patch_sizes)
-        tokens, layout = multiscale.pack(past, horizon, patch, width=width, how=how, is_pad=is_pad)
+        tokens, layout = multiscale.pack_scales(
+            past, horizon, patch, width=width, how=how, is_pad=is_pad
+        )
         only = layout.first, layout.first + sum(layout.futures)
         y, _ = self.apply(
             params, tokens, patch, key=key, train=train, only=only, lean=lean, layout=layout

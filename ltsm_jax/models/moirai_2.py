@@ -237,7 +237,7 @@ class Moirai2(Model):
 
     family = "moirai_2"
     published = PRESETS
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-2.0-R)"
     shard_rules = (

@@ -344,7 +344,7 @@ class MoiraiMoe(Model):
 
     family = "moirai_moe"
     published = PRESETS
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-moe-1.0-R)"
     fixed = r"^centroid$"

@@ -218,7 +218,7 @@ PRESETS = {
 }
 
 
-def sinusoids(n: int, d_model: int) -> np.ndarray:
+def interleaved_sinusoids(n: int, d_model: int) -> np.ndarray:
     """The position table of a fresh model [n, D], float32: sines in even columns, cosines in odd
     ones, base 10000.
     """
@@ -333,8 +333,8 @@ class Moment(Model):
 
     family = "moment"
     published = PRESETS
-    head = r"^head/"
-    heads = ("reconstruction", "forecasting", "classification")
+    head_leaves = r"^head/"
+    head_names = ("reconstruction", "forecasting", "classification")
     # A batch's loss is a mean over all of its masked points, and masks are random.
     rows_apart = False
     tasks = ("forecasting", "imputation", "anomaly", "classification", "embedding")
@@ -401,7 +401,7 @@ class Moment(Model):
 
         def rule(path, shape):
             if path == "position_table":
-                return lambda _, shape: jnp.asarray(sinusoids(*shape))
+                return lambda _, shape: jnp.asarray(interleaved_sinusoids(*shape))
             if path.startswith("encoder/"):
                 return t5.initial(path, shape, d_model)
             if path.startswith("head/") and self.config.head != "reconstruction":
@@ -421,8 +421,8 @@ class Moment(Model):
             each.
         Raises: ValueError for another head, or sizes that are missing or not known.
         """
-        if head not in self.heads:
-            raise ValueError(f"moment has the heads {', '.join(self.heads)}, not {head!r}")
+        if head not in self.head_names:
+            raise ValueError(f"moment has the heads {', '.join(self.head_names)}, not {head!r}")
         known = {
             "forecasting": {"horizon"},
             "classification": {"n_classes", "n_variates", "reduction"},
@@ -522,7 +522,7 @@ class Moment(Model):
         else:
             # the original embeds padding as values under this head, as [MASK] under that one
             visible = jnp.ones_like(data) if cfg.head == "forecasting" else data
-        z_BCT, mean_BC1, std_BC1 = scaled(x_BCT, seen)
+        z_BCT, mean_BC1, std_BC1 = standardised(x_BCT, seen)
         y, taps = self._net(params, z_BCT, visible, data_BCT=data, key=key, train=train)
         taps |= {"mean": mean_BC1, "std": std_BC1}
         return (y if cfg.head == "classification" else y * std_BC1 + mean_BC1), taps
@@ -543,7 +543,7 @@ class Moment(Model):
                 f"{horizon} steps do not fit into a window of {x_BCT.shape[-1]}; use predict"
             )
         data = jnp.ones((x_BCT.shape[0], 1, x_BCT.shape[-1])) if input_mask is None else input_mask
-        z_BCT, mean_BC1, std_BC1 = scaled(x_BCT, data)
+        z_BCT, mean_BC1, std_BC1 = standardised(x_BCT, data)
         data = jnp.roll(data, -new, axis=-1).at[..., -new:].set(1)
         visible = jnp.ones_like(data).at[..., -new:].set(0)
         y_BCT, taps = self._net(
@@ -739,7 +739,7 @@ class Moment(Model):
         """As `embed`, of x as it is; input_mask [B, 1, T]."""
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is mean or none, not {reduction!r}")
-        z_BCT, *_ = scaled(x_BCT, input_mask)
+        z_BCT, *_ = standardised(x_BCT, input_mask)
         e_BCND, _ = self._net(params, z_BCT, input_mask, data_BCT=input_mask, with_head=False)
         if reduction == "none":
             return e_BCND
@@ -755,7 +755,7 @@ class Moment(Model):
         return self.apply(params, x_BCW, data, key=key, train=train)[0]
 
 
-def scaled(x_BCT: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def standardised(x_BCT: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x in units of its own deviation around its mean, both over what is seen (1) and not NaN: (z,
     mean, std).
 

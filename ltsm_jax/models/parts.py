@@ -22,8 +22,7 @@ from ltsm_jax import trees
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, attention_dims
 from ltsm_jax.models.family import Model
 from ltsm_jax.models.groups import Group, Stack
-
-Params = Any
+from ltsm_jax.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -282,7 +282,7 @@ class Sundial(Model):
 
     family = "sundial"
     published = PRESETS
-    head = r"^flow/"
+    head_leaves = r"^flow/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/sundial-base-128m)"
     shard_rules = (

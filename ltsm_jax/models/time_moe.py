@@ -363,7 +363,7 @@ class TimeMoe(Model):
     published = PRESETS
     missing_in_front = True
     rows_apart = False  # the balance term is of all tokens of a batch
-    head = r"^head_\d+/"
+    head_leaves = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"
     shard_rules = (

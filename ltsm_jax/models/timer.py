@@ -237,7 +237,7 @@ class Timer(Model):
 
     family = "timer"
     published = PRESETS
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting", "imputation", "anomaly")
     licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
     shard_rules = (

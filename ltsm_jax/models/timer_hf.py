@@ -204,7 +204,7 @@ class TimerHfNet(nn.Module):
         return heads, taps, None if caches is None else kept
 
 
-def moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def unbiased_moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """Mean, and unbiased standard deviation plus eps, over the last axis, which stays with length
     1.
     """
@@ -222,7 +222,7 @@ class TimerHf(Model):
 
     family = "timer_hf"
     published = PRESETS
-    head = r"^head_\d+/"
+    head_leaves = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/timer-base-84m)"
     shard_rules = (
@@ -310,7 +310,7 @@ class TimerHf(Model):
                 "steps"
             )
         context = context[..., context.shape[-1] % p :]
-        mean_BC1, std_BC1 = jax.lax.stop_gradient(moments(fill_missing(context), EPS))
+        mean_BC1, std_BC1 = jax.lax.stop_gradient(unbiased_moments(fill_missing(context), EPS))
         series_BCT = (jnp.concatenate([context, batch["target"]], axis=-1) - mean_BC1) / std_BC1
         x_BCT = fill_missing(series_BCT[..., : context.shape[-1]])
         return self.token_loss(params, x_BCT, series_BCT[..., p:], batch, key=key, train=train)
@@ -359,7 +359,7 @@ class TimerHf(Model):
         b, c, _ = context_BCT.shape
         x_BCT = fill_missing(jnp.asarray(context_BCT, jnp.float32))[..., -self.context_len :]
         x_BL = x_BCT.reshape(b * c, -1)
-        mean_B1, std_B1 = moments(x_BL, EPS)
+        mean_B1, std_B1 = unbiased_moments(x_BL, EPS)
         if x_BL.shape[-1] < self.config.patch_len:
             x_BL = jnp.pad(x_BL, ((0, 0), (self.config.patch_len - x_BL.shape[-1], 0)), mode="edge")
         if self.config.scaling == "context":
@@ -432,7 +432,7 @@ class TimerHf(Model):
                 raise ValueError(
                     f"the original can't go on with heads of {sizes} points and patches of {p}"
                 )
-            mean_B1, std_B1 = moments(fed_BT, 0.0) if revin else (0.0, 1.0)
+            mean_B1, std_B1 = unbiased_moments(fed_BT, 0.0) if revin else (0.0, 1.0)
             scaled_BT = (fed_BT - mean_B1) / std_B1
             y_BQ, caches, n = self._next(params, scaled_BT, q, caches=caches, start=kept)
             x_BL = jnp.concatenate([x_BL, y_BQ * std_B1 + mean_B1], axis=-1)

@@ -247,7 +247,7 @@ class TimerXL(Model):
 
     family = "timer_xl"
     published = PRESETS
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "MIT (thuml/OpenLTM)"
     shard_rules = (

@@ -250,7 +250,7 @@ def timescales(d_model: int) -> np.ndarray:
     ).astype(np.float32)
 
 
-def sinusoids(n: int, d_model: int) -> np.ndarray:
+def halved_sinusoids(n: int, d_model: int) -> np.ndarray:
     """The original's position table [n, D], float32: all sines, then all cosines."""
     require_table(n, d_model)
     angle = (np.arange(n, dtype=np.float32)[:, None] * timescales(d_model)).astype(np.float64)
@@ -326,7 +326,9 @@ class TimesFM1Net(nn.Module):
             jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1)
         )
         if cfg.use_positional_embedding:
-            table_ND = taps["positions"] = jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)
+            table_ND = taps["positions"] = jnp.asarray(
+                halved_sinusoids(n, cfg.d_model), x_BND.dtype
+            )
             # the first patch with a value has position 0; padded ones go round, and count from 1
             # where all are padded
             observed_BN = padded_BN == 0
@@ -362,7 +364,7 @@ class TimesFM1(Model):
     family = "timesfm_1"
     published = PRESETS
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-1.0-200m-pytorch, google/timesfm-2.0-500m-pytorch)"
     shard_rules = (

@@ -369,7 +369,7 @@ def mean_and_deviation(stats: Stats) -> tuple[jax.Array, jax.Array]:
     return jax.lax.stop_gradient((mean, jnp.sqrt(squares / jnp.maximum(n, 1.0))))
 
 
-def series_scale(x_BT: jax.Array, begun_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unbiased_scale(x_BT: jax.Array, begun_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and deviation [B, 1] of each series, of n values with n - 1 in the place of n; 1 where
     it is tiny.
     """
@@ -396,7 +396,7 @@ class TimesFM2p5(Model):
     family = "timesfm_2p5"
     published = PRESETS
     missing_in_front = True
-    head = r"^(head|spread_head)/"
+    head_leaves = r"^(head|spread_head)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-2.5-200m-pytorch)"
     shard_rules = (
@@ -566,7 +566,7 @@ class TimesFM2p5(Model):
         positive_B = (x_BT >= 0).all(1)
         mean_B1, std_B1 = jnp.zeros((b * c, 1)), jnp.ones((b * c, 1))
         if cfg.normalize_inputs:
-            mean_B1, std_B1 = series_scale(x_BT, begun_BT)
+            mean_B1, std_B1 = unbiased_scale(x_BT, begun_BT)
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
         padding_BT = 1.0 - begun_BT
         if cfg.force_flip_invariance:
@@ -674,7 +674,7 @@ class TimesFM2p5(Model):
         k = self.config.point_column
         mean_B1, std_B1 = (
             y.reshape(*target_BCH.shape[:2], 1)
-            for y in series_scale(*self._newest(batch["context"]))
+            for y in unbiased_scale(*self._newest(batch["context"]))
         )
         target_BCH = (target_BCH - mean_B1) / std_B1
         y_BCHQ = (y_BCHQ - mean_B1[..., None]) / std_B1[..., None]

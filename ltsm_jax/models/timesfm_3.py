@@ -51,7 +51,7 @@ from ltsm_jax.models.timesfm_2p5 import (
     UNSEEN,
     merged,
     running_stats,
-    series_scale,
+    unbiased_scale,
 )
 from ltsm_jax.trees import Tree, flatten
 
@@ -498,7 +498,7 @@ def with_ends(x: jax.Array) -> jax.Array:
     return jnp.where(begun, filled, jnp.where(jnp.isnan(first), 0.0, first))
 
 
-def errors(y: jax.Array, target: jax.Array, quantiles: tuple[float, ...]) -> jax.Array:
+def quantile_errors(y: jax.Array, target: jax.Array, quantiles: tuple[float, ...]) -> jax.Array:
     """Squared error of the median plus the mean pinball loss of all quantiles y [..., Q], of each
     entry of target [...]."""
     square = jnp.square(target - y[..., len(quantiles) // 2])
@@ -515,7 +515,7 @@ class TimesFM3(Model):
     published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "timesfm-non-commercial-license-v1.0, non-commercial (google/timesfm-3.0-pytorch)"
     shard_rules = (
@@ -705,7 +705,9 @@ class TimesFM3(Model):
         target = jnp.where(jnp.isnan(x_BCNP) | missing_BCNP, 0.0, x_BCNP)
         target_BCNO = self._following(target, 0.0)
         observed = ~self._following(missing_BCNP, True) & is_target_BCN[..., None]
-        return mean_observed(errors(y_BCNOQ, target_BCNO, self.config.quantiles), observed, {})
+        return mean_observed(
+            quantile_errors(y_BCNOQ, target_BCNO, self.config.quantiles), observed, {}
+        )
 
     # --- series [B, C, T]: targets, then covariates
 
@@ -964,9 +966,11 @@ class TimesFM3(Model):
         y_BCHQ, target_BCH, observed_BCH = self._for_training(params, batch)
         b, c, _ = target_BCH.shape
         series = batch["context"].reshape(b * c, -1)
-        _, std = series_scale(*interpolate_missing(series))
+        _, std = unbiased_scale(*interpolate_missing(series))
         std_BC1 = std.reshape(b, c, 1)
-        error = errors(y_BCHQ / std_BC1[..., None], target_BCH / std_BC1, self.config.quantiles)
+        error = quantile_errors(
+            y_BCHQ / std_BC1[..., None], target_BCH / std_BC1, self.config.quantiles
+        )
         return mean_observed(error, observed_BCH, batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:

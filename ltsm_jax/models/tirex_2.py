@@ -274,7 +274,7 @@ class TiRex2Config:
             arcsinh=scaler.get("use_arcsinh", False),
             binary_aware=scaler.get("binaryaware", False),
             scale_eps=float(scaler.get("eps", 1e-8)),
-            activation=activation_of(fields["act_func"]),
+            activation=activation_named(fields["act_func"]),
             qk_norm=fields.get("use_qk_norm", True),
             out_norm_eps=None if norm is None else float(norm.get("eps", 1e-7)),
             sign_flip=fields.get("tta_sign_flip", False),
@@ -290,7 +290,7 @@ TOKENIZER_SIZES = ("input_patch_size", "input_patch_stride", "output_patch_size"
 PUBLISHED_ACTIVATIONS = {"SiLU": "silu", "GELU": "gelu", "ReLU": "relu"}
 
 
-def activation_of(name: str) -> Any:
+def activation_named(name: str) -> Any:
     """Our name of an activation that the original looks up in torch.nn ("SiLU", "torch.nn.GELU").
 
     Raises: ValueError for one that is not known here.
@@ -796,7 +796,7 @@ class TiRex2Net(nn.Module):
 # --- scaling, trends and calibration
 
 
-def location_scale(
+def context_moments(
     x: jax.Array, eps: float, binary_aware: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean and deviation of what is observed of x [..., T], and whether it is 0 and 1 alone.
@@ -921,7 +921,7 @@ class TiRex2(Model):
     published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (NX-AI/TiRex-2)"
     shard_rules = (
@@ -1049,7 +1049,7 @@ class TiRex2(Model):
     def scaled(
         self, x: jax.Array, loc: jax.Array, scale: jax.Array, binary: jax.Array
     ) -> jax.Array:
-        """Bring x into the inner scale of the network; arguments as `location_scale` gives them."""
+        """Bring x into the inner scale of the network; arguments as from `context_moments`."""
         z = (x - loc) / scale
         return jnp.where(binary, z, jnp.arcsinh(z)) if self.config.arcsinh else z
 
@@ -1085,7 +1085,7 @@ class TiRex2(Model):
         cfg, p = self.config, self.config.patch_len
         g, m, t = x_GMT.shape
         x_GMT = x_GMT.astype(jnp.float32)
-        loc, scale, binary = location_scale(x_GMT, cfg.scale_eps, cfg.binary_aware)
+        loc, scale, binary = context_moments(x_GMT, cfg.scale_eps, cfg.binary_aware)
         z_GMT = self.scaled(x_GMT, loc, scale, binary=binary)
 
         front = ((0, 0), (0, 0), (-t % p, 0))

@@ -663,7 +663,7 @@ class Toto2(Model):
     family = "toto_2"
     published = PRESETS
     covariates = frozenset({"past", "known"})
-    head = r"^head/"
+    head_leaves = r"^head/"
     fixed = r"_tau$"
     unit_scaled = True
     tasks = ("forecasting",)

@@ -1352,7 +1352,7 @@ class TTM(Forecasts):
     family = "ttm"
     published = PRESETS
     missing_in_front = True
-    head = r"^(head|quantiles)/"
+    head_leaves = r"^(head|quantiles)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2, -r3)"
     shard_rules = (

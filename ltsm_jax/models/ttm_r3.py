@@ -210,7 +210,7 @@ class TTMR3(Forecasts):
 
     family = "ttm_r3"
     published = PRESETS
-    head = r"^(trend|residual)/(head|quantiles)/"
+    head_leaves = r"^(trend|residual)/(head|quantiles)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r3)"
     shard_rules = TTM.shard_rules

@@ -548,9 +548,9 @@ class Units(Model):
 
     family = "units"
     published = PRESETS
-    head = r"^forecast_head/"
+    head_leaves = r"^forecast_head/"
     tasks = ("forecasting", "imputation", "anomaly", "classification")
-    heads = ("classification",)
+    head_names = ("classification",)
     licence = "MIT (mims-harvard/UniTS)"
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
@@ -683,8 +683,10 @@ class Units(Model):
         """Fresh tokens for a classification task of the current data set. sizes: n_classes, and
         optionally name.
         """
-        if head not in self.heads:
-            raise ValueError(f"{self.family} has no head {head!r}, only {', '.join(self.heads)}")
+        if head not in self.head_names:
+            raise ValueError(
+                f"{self.family} has no head {head!r}, only {', '.join(self.head_names)}"
+            )
         if "n_classes" not in sizes:
             raise ValueError("a classification head needs n_classes=...")
         old = self.task

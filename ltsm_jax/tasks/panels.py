@@ -342,9 +342,7 @@ def forecast_panel(
     kinds = beside(model, panel, covariates)
     said = ()
     if not on_host:
-        said = own_levels(
-            model, params, members, horizon=horizon, wanted=levels, covariates=kinds
-        )
+        said = own_levels(model, params, members, horizon=horizon, wanted=levels, covariates=kinds)
     point = np.empty((count, members, horizon))
     quantiles = np.empty((count, members, horizon, len(said)))
     unit = np.ones((count, members))

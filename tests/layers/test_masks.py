@@ -124,8 +124,8 @@ def test_shapes_are_those_of_the_weights_in_every_family():
     for name, cls in FAMILIES.items():
         model = cls(cls.small())
         params = jax.eval_shape(model.init, jax.random.key(0))
-        found = layer_masks.shapes(model.init, jax.random.key(0))
-        assert layer_masks.weights(params, found), name
+        found = layer_masks.mask_shapes(model.init, jax.random.key(0))
+        assert layer_masks.masks_by_weight(params, found), name
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +70,7 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 os.umask(0o027)
 model = Timer(TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8))
 values = {{"table": np.ones(3, np.float32)}}
-params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
+params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.param_shapes(model))
 ltsm_jax.save({str(tmp_path / "m")!r}, model, params, buffers=values)
 write_safetensors({str(tmp_path / "x.safetensors")!r}, values)
 """
@@ -143,7 +144,7 @@ def test_folders_of_the_first_format_still_load(folder, params):
     (folder / folders.CONFIG).write_text(json.dumps(record | {"format": 1}))
     model, again = ltsm_jax.load(folder)
     assert model == MODEL
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
     np.testing.assert_array_equal(folders.read_buffers(folder)["table"], np.ones(3))
 
 
@@ -465,7 +466,9 @@ def load_edited(folder: Path, seed: int, n: int) -> int:
 
 def any_params(model):
     """Parameters without the time of an initialisation."""
-    return jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), folders.shapes(model))
+    return jax.tree.map(
+        lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), folders.param_shapes(model)
+    )
 
 
 @pytest.mark.parametrize(
@@ -498,7 +501,7 @@ def test_edits_of_a_table_of_digests_are_refused_or_right(folder, params):
         table.write_text(edited(rng, record))
         began = time.process_time()
         try:
-            found = storage.load_tree(folder / folders.PARAMS, folders.shapes(MODEL))
+            found = storage.load_tree(folder / folders.PARAMS, folders.param_shapes(MODEL))
         except (ValueError, FileNotFoundError):
             continue
         finally:
@@ -546,7 +549,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, folder, params)
     other = jax.tree.map(lambda x: x + 1, params)
     ltsm_jax.save(tmp_path / "link", MODEL, other, overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    jax.tree.map(np.testing.assert_array_equal, ltsm_jax.load(folder)[1], other)
+    chex.assert_trees_all_equal(ltsm_jax.load(folder)[1], other)
     with pytest.raises(FileExistsError, match="letter"):
         ltsm_jax.save(tmp_path / "home", MODEL, params, overwrite=True)
 
@@ -581,7 +584,7 @@ def killed(path, *args, **kwargs):
     removed(path, *args, **kwargs)
 storage.shutil.rmtree = killed
 model = Timer(TimerConfig(8, 16, 8, equal_layers(2, 2, 8, 24), context_len=32, horizon=8))
-params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
+params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.param_shapes(model))
 ltsm_jax.save(place, model, params, overwrite=True)
 """
 
@@ -606,7 +609,7 @@ def test_a_kill_leaves_a_whole_model_and_the_next_start_removes_the_scrap(
     expected = new if (after, exchange) in ((2, "renames"), (0, "exchange")) else params
     model, found = ltsm_jax.load(folder)
     assert model == MODEL
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
     ltsm_jax.save(folder, MODEL, params, overwrite=True)
     assert [path.name for path in folder.parent.iterdir()] == ["m"]
 
@@ -626,7 +629,7 @@ from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = Timer(TimerConfig(8, 64, 8, equal_layers(2, 2, 8, 512), context_len=32, horizon=8))
-params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
+params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.param_shapes(model))
 for size in sys.argv[2:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
     try:

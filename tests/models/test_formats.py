@@ -9,6 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ def model_of(case):
 def parameters(model):
     """Parameters that depend on nothing but their paths and shapes."""
     found = {}
-    for i, (path, leaf) in enumerate(sorted(trees.flatten(folders.shapes(model)).items())):
+    for i, (path, leaf) in enumerate(sorted(trees.flatten(folders.param_shapes(model)).items())):
         numbers = np.arange(int(np.prod(leaf.shape)))
         found[path] = (0.1 * np.sin(0.7 * numbers + i)).reshape(leaf.shape).astype(np.float32)
     return trees.unflatten(found)
@@ -44,7 +45,7 @@ def test_every_family_is_recorded():
 def test_a_config_is_read_as_the_same_model(name):
     case = CASES[name]
     model = model_of(case)
-    flat = sorted(trees.flatten(folders.shapes(model)).items())
+    flat = sorted(trees.flatten(folders.param_shapes(model)).items())
     told = "\n".join(f"{path} {list(leaf.shape)}" for path, leaf in flat)
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == case["shapes"]
     # And written in the form of today.
@@ -76,7 +77,7 @@ def test_a_folder_of_format_2_is_loaded(tmp_path):
     storage.write_record(folder / folders.CONFIG, record)
     again, read = ltsm_jax.load(folder)
     assert again == model
-    jax.tree.map(np.testing.assert_array_equal, read, params)
+    chex.assert_trees_all_equal(read, params)
     told = folders.read_config(folder)[1]["provenance"]["pruned_from"]
     assert type(model).config_from_dict(told) == model_of(whole).config
 

@@ -2,6 +2,7 @@
 invariances, configs.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +32,7 @@ def test_fresh_parameters_are_the_same_inside_jit_and_outside(params):
     """Outside, the draws are cut on the host; inside, by the compiled program."""
     inside = jax.jit(MODEL.init)(jax.random.key(0))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), inside, params
-    )
+    chex.assert_trees_all_close(inside, params, rtol=1e-6, atol=1e-8)
 
 
 def series(b=2, c=3, t=56, seed=1):
@@ -213,7 +212,7 @@ def test_folder_round_trip(tmp_path, params):
     )
     model, again = ltsm_jax.load(tmp_path / "m")
     assert model == MODEL
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
     assert folders.read_config(tmp_path / "m")[1]["provenance"] == {"source": "here"}
     np.testing.assert_array_equal(folders.read_buffers(tmp_path / "m")["t"], np.ones(3))
     with pytest.raises(FileExistsError):
@@ -249,7 +248,7 @@ def test_a_published_preset_is_read_from_the_cache(tmp_path, monkeypatch, params
     for source in ("Timer_test_1.0", tmp_path / "cache" / "models"):
         model, again = ltsm_jax.load(source)
         assert model == MODEL
-        jax.tree.map(np.testing.assert_array_equal, again, params)
+        chex.assert_trees_all_equal(again, params)
 
 
 @pytest.mark.parametrize(

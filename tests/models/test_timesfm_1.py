@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,13 @@ from converters.torch_files import write_torch
 from ltsm_jax import trees
 from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import folders
-from ltsm_jax.models.timesfm_1 import PRESETS, TimesFM1, TimesFM1Config, freq_class, sinusoids
+from ltsm_jax.models.timesfm_1 import (
+    PRESETS,
+    TimesFM1,
+    TimesFM1Config,
+    freq_class,
+    halved_sinusoids,
+)
 
 COUNTS = {
     "google/timesfm-1.0-200m-pytorch": 203_568_960,
@@ -31,7 +38,7 @@ def params():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_parameter_counts(name):
-    assert trees.count(folders.shapes(TimesFM1(PRESETS[name]))) == COUNTS[name]
+    assert trees.count(folders.param_shapes(TimesFM1(PRESETS[name]))) == COUNTS[name]
 
 
 def test_frequencies_have_the_classes_of_the_original():
@@ -105,7 +112,7 @@ def test_a_missing_value_lies_between_its_neighbours(params):
 
 def test_positions_of_the_original():
     """Sines, then cosines, at D/2 timescales from 1 to 10000."""
-    table = sinusoids(3, 4)
+    table = halved_sinusoids(3, 4)
     np.testing.assert_allclose(
         table[2], [np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)], rtol=1e-6
     )
@@ -149,7 +156,7 @@ def test_a_config_says_what_is_wrong(change, said):
 
 def test_a_pruned_model_is_of_the_same_class():
     model = TimesFM1(narrowed(CONFIG, 0, attn={"heads": 1}, ffn=5))
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
     found = jax.eval_shape(lambda params, x: model.predict(params, x, 40), shapes, context)
@@ -234,7 +241,7 @@ def test_a_fine_tuned_file_of_several_processes_has_a_prefix(params, tmp_path):
     )
     model, got, provenance, _ = import_checkpoint(wrapped)
     assert model == TimesFM1(CONFIG) and provenance["prefix"] == "module."
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
 
 def test_timescales_of_the_transformers_form_are_checked():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def params():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_parameter_counts(name):
-    assert trees.count(folders.shapes(TimesFM2p5(PRESETS[name]))) == 231_289_280
+    assert trees.count(folders.param_shapes(TimesFM2p5(PRESETS[name]))) == 231_289_280
 
 
 def test_the_scale_runs_along():
@@ -150,7 +151,7 @@ def test_a_config_says_what_is_wrong(change, said):
 
 def test_a_pruned_model_is_of_the_same_class():
     model = TimesFM2p5(narrowed(CONFIG, 0, attn={"heads": 1}, ffn=5))
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
     found = jax.eval_shape(lambda params, x: model.predict(params, x, 40), shapes, context)
@@ -177,7 +178,7 @@ def test_without_sizes_in_the_config_the_tensors_tell(params, tmp_path, table):
     model, got, provenance, _ = import_checkpoint(folder)
     assert model.config == dataclasses.replace(CONFIG, context_len=1024)
     assert "no sizes" in provenance["notes"][0]
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
 
 def test_the_published_sizes_are_known():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +19,8 @@ from ltsm_jax.models.timesfm_3 import (
     PRESETS,
     TimesFM3,
     TimesFM3Config,
-    errors,
     fit_trend,
+    quantile_errors,
     refine,
     root,
     with_ends,
@@ -55,7 +56,7 @@ def having(**options):
 
 
 def test_published_parameter_count():
-    assert trees.count(folders.shapes(TimesFM3(PRESETS[NAME]))) == 330_710_976
+    assert trees.count(folders.param_shapes(TimesFM3(PRESETS[NAME]))) == 330_710_976
 
 
 def test_the_licence_must_be_accepted(tmp_path, monkeypatch):
@@ -162,7 +163,7 @@ def test_overlapping_outputs_are_blended():
 def test_errors_are_those_of_the_median_and_of_all_quantiles():
     y, target = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([3.0])
     np.testing.assert_allclose(
-        errors(y, target, (0.1, 0.5, 0.9)), [4 + (0.3 + 1.0 + 0.9) / 3], rtol=1e-6
+        quantile_errors(y, target, (0.1, 0.5, 0.9)), [4 + (0.3 + 1.0 + 0.9) / 3], rtol=1e-6
     )
 
 
@@ -296,7 +297,7 @@ def test_a_config_says_what_is_wrong(change, said):
 def test_a_pruned_model_is_of_the_same_class():
     pruned = narrowed(CONFIG, 0, seq={"heads": 1}, var={"heads": 0}, ffn=5)
     model = TimesFM3(narrowed(pruned, 1, var={"heads": 1, "value": 3}))
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     assert shapes["layer_0"]["seq"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     assert "q" not in shapes["layer_0"]["var"]
     assert shapes["layer_1"]["var"]["out"]["kernel"].shape == (1, 3, CONFIG.d_model)
@@ -338,13 +339,13 @@ def test_the_published_config_gives_the_config_back(params, tmp_path):
         assert TimesFM3Config.from_published(told) == config
     model, got, *_ = import_checkpoint(checkpoint(tmp_path, params, converter.published(CONFIG)))
     assert model.config == dataclasses.replace(CONFIG, context_len=1024)
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
 
 def test_the_published_sizes_are_known_without_a_config():
     model = TimesFM3(PRESETS[NAME])
     state = {}
-    for path, leaf in trees.flatten(folders.shapes(model)).items():
+    for path, leaf in trees.flatten(folders.param_shapes(model)).items():
         # As they lie in the file, but for their order of axes, which only these need.
         key, _ = tables.key_of(converter.keys(model.config), path)
         shape = (

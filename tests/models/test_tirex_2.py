@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from converters import tirex_2 as converter
 from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import trees
 from ltsm_jax.layers.linear import compute_in
-from ltsm_jax.layers.masks import masked, merge, shapes
+from ltsm_jax.layers.masks import apply_masks, mask_shapes, masked
 from ltsm_jax.layers.quantiles import at_levels
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.models import folders, tirex_2
@@ -24,9 +25,9 @@ from ltsm_jax.models.tirex_2 import (
     TiRex2,
     TiRex2Config,
     calibrated,
+    context_moments,
     differences,
     has_trend,
-    location_scale,
     trend,
 )
 
@@ -62,7 +63,7 @@ predict_with = jax.jit(
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_parameter_counts(name):
     """The published numbers, without and in what mixes variates."""
-    flat = trees.flatten(folders.shapes(TiRex2(PRESETS[name])))
+    flat = trees.flatten(folders.param_shapes(TiRex2(PRESETS[name])))
     mixing = sum(x.size for path, x in flat.items() if "/variates/" in path or "/combine/" in path)
     whole = sum(x.size for x in flat.values())
     assert (whole, whole - mixing, mixing) == (82_501_744, 38_449_264, 44_052_480)
@@ -154,14 +155,14 @@ def test_statistics_by_hand():
     x = np.array(
         [[1, NAN, 3, 5], [3.7, 3.7, NAN, 3.7], [0, 1, NAN, 1], [0, 0, 0, 0], [NAN] * 4], np.float32
     )
-    loc, scale, binary = location_scale(x, 1e-8, True)
+    loc, scale, binary = context_moments(x, 1e-8, True)
     np.testing.assert_allclose(loc[:, 0], [3, 3.7, 0, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(scale[:, 0], [np.sqrt(8 / 3), 1e-8, 1, 1, 1], rtol=1e-6)
     assert binary[:, 0].tolist() == [False, False, True, True, True]
 
     # Constants have exactly their own value as the mean, whatever float32 makes of sums.
     assert (loc[1, 0] == np.float32(3.7)).all()
-    loc, scale, binary = location_scale(x, 1e-5, False)
+    loc, scale, binary = context_moments(x, 1e-5, False)
     np.testing.assert_allclose(scale[2:, 0], [np.sqrt(2 / 9), 1e-5, 1], rtol=1e-6)
     assert not binary.any()
 
@@ -396,7 +397,9 @@ def test_states_are_wide_where_products_are_narrow(params):
 def mask_tree(params, **zeros):
     """Masks of ones, with zeros at some channels: {path: index}."""
     flat = trees.flatten(
-        jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes(MODEL.init, jax.random.key(0)))
+        jax.tree.map(
+            lambda s: np.ones(s.shape, np.float32), mask_shapes(MODEL.init, jax.random.key(0))
+        )
     )
     for path, index in zeros.items():
         flat[path.replace("__", "/")][index] = 0
@@ -426,7 +429,7 @@ def test_heads_of_the_recurrence_go_as_a_whole(params):
         jax.jit(small.predict, static_argnums=2)(fewer, x, 8).point, want, rtol=1e-4, atol=1e-5
     )
     np.testing.assert_allclose(
-        predict(merge(params, masks), x, 8).point, want, rtol=1e-4, atol=1e-5
+        predict(apply_masks(params, masks), x, 8).point, want, rtol=1e-4, atol=1e-5
     )
 
 
@@ -438,7 +441,9 @@ def test_a_recurrence_without_heads_gives_nothing(params):
     assert type(MODEL).config_from_dict(small.config_to_dict()) == small.config
     x = wave(1, 1, 50)
     got = jax.jit(small.predict, static_argnums=2)(fewer, x, 8).point
-    np.testing.assert_allclose(got, predict(merge(params, masks), x, 8).point, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        got, predict(apply_masks(params, masks), x, 8).point, rtol=1e-4, atol=1e-5
+    )
 
 
 # --- configs and files
@@ -570,7 +575,9 @@ def test_missing_and_strange_keys_are_listed(params, tmp_path):
 def test_without_a_config_the_published_sizes_are_known():
     """And the order of the layers is that of the tensors."""
     whole = TiRex2(TiRex2Config.of(512, ("slstm", "mlstm") * 6, embed_dim=2048))
-    zeros = jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), folders.shapes(whole))
+    zeros = jax.tree.map(
+        lambda s: np.broadcast_to(np.float32(0), s.shape), folders.param_shapes(whole)
+    )
     state, _ = tables.to_state(converter.keys(whole.config), zeros)
     config, notes = converter.configure(state, None, "file")
     assert config == whole.config
@@ -598,7 +605,7 @@ def test_yaml_that_is_no_config_is_refused(params, tmp_path):
     file.write_text(yaml.safe_dump(converter.published(CONFIG)))
     model, got, *_ = import_checkpoint(tmp_path)
     assert model == MODEL
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
     # config.json goes before it.
     (tmp_path / "config.json").write_text(
