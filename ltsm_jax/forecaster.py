@@ -848,7 +848,7 @@ class Way:
         own = ()
         if self.on_host is None:
             members = panel.n_variates if self.joint else 1
-            kinds = panels.beside(self.predictor, panel)
+            kinds = panels.covariate_counts(self.predictor, panel)
             own = panels.own_levels(
                 self.predictor,
                 self.params,

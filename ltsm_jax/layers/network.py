@@ -9,7 +9,7 @@ import jax
 from ltsm_jax.trees import Tree
 
 
-def run(
+def run_network(
     network: nn.Module,
     params: Tree,
     *inputs: Any,

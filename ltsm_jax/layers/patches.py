@@ -15,7 +15,7 @@ def newest_patches(x_BCT: jax.Array, patch_len: int, most: int) -> jax.Array:
     return jnp.pad(x_BCT, front, mode="edge")[..., -keep:]
 
 
-def following(series_BCT: jax.Array, tokens: int, patch_len: int, points: int) -> jax.Array:
+def token_labels(series_BCT: jax.Array, tokens: int, patch_len: int, points: int) -> jax.Array:
     """The `points` points [B, C, N, Q] that each of N tokens predicts.
 
     series_BCT: what follows the first token, its own patch left out: token i predicts the points

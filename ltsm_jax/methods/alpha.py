@@ -32,7 +32,7 @@ from ltsm_jax import curvature, hosts, training, trees
 from ltsm_jax.landscape import SplitLoss, split_loss
 from ltsm_jax.layers.masks import apply_masks, place
 from ltsm_jax.methods.run import FORECASTING, RunResult, run
-from ltsm_jax.methods.starts import Interpolated, groups_of, layer_of, other_side, start_params
+from ltsm_jax.methods.starts import Interpolated, body_layer_of, groups_of, other_side, start_params
 from ltsm_jax.methods.strategies import MIXED, Strategy, strategy
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
@@ -406,7 +406,8 @@ def places_of(model: Model, params: Params) -> dict[str, str]:
     path.
     """
     return {
-        path: layer_of(model, path) or group for path, group in groups_of(model, params).items()
+        path: body_layer_of(model, path) or group
+        for path, group in groups_of(model, params).items()
     }
 
 

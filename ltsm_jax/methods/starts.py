@@ -44,8 +44,9 @@ class Interpolated:
       alpha: weight of the pretrained side, in [0, 1].
       norm: what becomes of the length of a tensor, see `trees.interpolate`.
       keep: groups of leaves that stay pretrained, of `GROUPS`.
-      alphas: (name, alpha) of groups, or of layers as `layer_of` names them ("layer_0"), that have
-        an alpha of their own; that of the layer goes before that of the group. A mapping will do.
+      alphas: (name, alpha) of groups, or of layers as `body_layer_of` names them ("layer_0"), that
+        have an alpha of their own; that of the layer goes before that of the group. A mapping will
+        do.
       other: the other side. "random": a fresh model. "noise": Gaussian, each tensor of the norm
         that it has in the fresh model. "zeros": nothing, so that the checkpoint is shrunk alone.
         "sum": pretrained + random, so that the start is `pretrained + (1 - alpha) * random` and
@@ -182,7 +183,7 @@ def _mixed(start: Interpolated, model: Any, params: Params, other: Params) -> Pa
     """The mix of pretrained parameters and the other side that `start` describes."""
     groups = groups_of(model, params)
     named = dict(start.alphas)
-    layers = dict.fromkeys(layer for path in groups if (layer := layer_of(model, path)))
+    layers = dict.fromkeys(layer for path in groups if (layer := body_layer_of(model, path)))
     if unknown := [name for name in named if name not in GROUPS and name not in layers]:
         known = ", ".join((*GROUPS, *layers))
         raise ValueError(
@@ -191,7 +192,7 @@ def _mixed(start: Interpolated, model: Any, params: Params, other: Params) -> Pa
 
     def alpha_of(path: str) -> float:
         group = groups.get(path, "body")
-        return named.get(layer_of(model, path) or group, named.get(group, start.alpha))
+        return named.get(body_layer_of(model, path) or group, named.get(group, start.alpha))
 
     def stays(path: str) -> bool:
         return path not in groups or groups[path] in start.keep
@@ -221,7 +222,7 @@ def groups_of(model: Any, params: Params) -> dict[str, Group]:
             found[path] = "head"
         elif name in ("scale", "scaling") or (name == "bias" and beside in flat):
             found[path] = "norms"
-        elif layer_of(model, path) is None:
+        elif body_layer_of(model, path) is None:
             found[path] = "embedding"
         elif name == "bias" or name.endswith("_bias"):
             found[path] = "biases"
@@ -230,7 +231,7 @@ def groups_of(model: Any, params: Params) -> dict[str, Group]:
     return found
 
 
-def layer_of(model: Any, path: str) -> str | None:
+def body_layer_of(model: Any, path: str) -> str | None:
     """The layer that a leaf lies in, such as "layer_0" or "encoder/layer_1"; None for what lies
     outside the blocks.
     """

@@ -37,7 +37,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows, mse_observed, scale_of_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.quantiles import at_levels, median_of
 from ltsm_jax.layers.residual import ResidualBlock
@@ -426,7 +426,7 @@ class Chronos2(Model):
         tokens, inner, visible = self._context_tokens(x, mask, loc, scale=scale)
         ahead = self._future_tokens((g, m, n_patches), future, future_mask, loc=loc, scale=scale)
         net, seen = Chronos2Net(cfg), visible.sum(-1) > 0
-        y, taps = run(net, params, tokens, ahead, seen, same, key=key, train=train)
+        y, taps = run_network(net, params, tokens, ahead, seen, same, key=key, train=train)
 
         y_GMQR = jnp.moveaxis(y, 3, 2).reshape(g, m, len(cfg.levels), -1)
         known_GMR = ahead[..., -cfg.patch_len :].reshape(g, m, -1)

@@ -29,11 +29,11 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.missing import mean_observed, mean_over_rows, scale_of_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.quantiles import median_of
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import T5_GROUPS, Stack
+from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
@@ -253,7 +253,10 @@ class ChronosBolt(Model):
         *t5.SHARD_RULES,
         (r"^tokens$", ()),
     )
-    stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
+    stacks = (
+        LayerStack("encoder", ("encoder", "layers")),
+        LayerStack("decoder", ("decoder", "layers")),
+    )
     prunable = T5_GROUPS
 
     @classmethod
@@ -363,7 +366,7 @@ class ChronosBolt(Model):
         p_BNP, mask_BNP, scaling = self.patches(x.reshape(b * c, t), mask)
         cfg = self.config
         net, options = ChronosBoltNet(cfg), {"encode_only": encode_only}
-        y, taps = run(net, params, p_BNP, mask_BNP, key=key, train=train, **options)
+        y, taps = run_network(net, params, p_BNP, mask_BNP, key=key, train=train, **options)
         taps |= scaling
         if encode_only:
             return y.reshape(b, c, *y.shape[1:]), taps

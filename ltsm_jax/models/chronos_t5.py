@@ -27,9 +27,9 @@ from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.layers.missing import mean_observed
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import T5_GROUPS, Stack
+from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -411,7 +411,10 @@ class ChronosT5(Model):
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
-    stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
+    stacks = (
+        LayerStack("encoder", ("encoder", "layers")),
+        LayerStack("decoder", ("decoder", "layers")),
+    )
     prunable = T5_GROUPS
 
     @classmethod
@@ -474,7 +477,7 @@ class ChronosT5(Model):
     # --- with the answer given
 
     def _net(self, params: Tree, *args, key=None, train=False, **rest) -> Any:
-        return run(ChronosT5Net(self.config), params, *args, key=key, train=train, **rest)
+        return run_network(ChronosT5Net(self.config), params, *args, key=key, train=train, **rest)
 
     def apply(self, params: Tree, context: jax.Array, target: jax.Array, key=None, train=False):
         """Logits of the target's tokens, each given those before it: [R, N, V] for R = B * C

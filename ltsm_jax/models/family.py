@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models.configs import config_from_json
-from ltsm_jax.models.groups import Group, Stack
+from ltsm_jax.models.groups import Group, LayerStack
 from ltsm_jax.trees import Tree
 
 Batch = Mapping[str, jax.Array]
@@ -125,7 +125,9 @@ class Model(abc.ABC):
     norms: ClassVar[str] = (
         r"(^|/)(bias|scale)$"  # regular expression: biases, and the scales of norms
     )
-    stacks: ClassVar[tuple[Stack, ...]] = (Stack(),)  # of layers; what is in them is pruned
+    stacks: ClassVar[tuple[LayerStack, ...]] = (
+        LayerStack(),
+    )  # of layers; what is in them is pruned
 
     @classmethod
     def presets(cls) -> Mapping[str, Any]:
@@ -361,7 +363,7 @@ class Model(abc.ABC):
         """A recipe by its numbers: on the family's own loss, at the model's own context and
         horizon, where they are not told.
         """
-        usual = {"context_len": self.context_len, "horizon": self.horizon, "loss": "own"}
+        usual = {"context_len": self.context_len, "horizon": self.horizon, "mode": "ims"}
         return Recipe(source=source, **(usual | numbers))
 
     def check_task(self, task: Task) -> None:

@@ -19,7 +19,7 @@ from ltsm_jax.layers.dims import Narrowed
 
 
 @dataclasses.dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """Layers one after the other: their modules, and their records in the config.
 
     path: the module that holds them; "" is the model itself. records: the attributes that lead from

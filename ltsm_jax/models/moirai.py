@@ -42,7 +42,7 @@ from ltsm_jax.layers.multiscale import (
     ScaleLora,
     ScaleMixture,
 )
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
@@ -386,7 +386,7 @@ class Moirai(Model):
         """
         options = {"only": only, "lean": lean, "layout": layout, "scale": scale}
         net = MoiraiNet(self.config)
-        return run(net, params, tokens, patch, key=key, train=train, **options)
+        return run_network(net, params, tokens, patch, key=key, train=train, **options)
 
     def packed_loss(
         self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None

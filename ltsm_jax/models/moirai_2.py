@@ -32,7 +32,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.mlp import GatedMLP
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, Tokens, observed_series
 from ltsm_jax.layers.quantiles import median_of
@@ -304,7 +304,7 @@ class Moirai2(Model):
         """One forward pass: at every token quantiles [B, N, patches, Q, P] of the patches after it,
         in the scale of its series (`loc` and `scale` of the named steps), and the named steps.
         """
-        return run(Moirai2Net(self.config), params, tokens, key=key, train=train, only=only)
+        return run_network(Moirai2Net(self.config), params, tokens, key=key, train=train, only=only)
 
     def shifted_losses(
         self, params: Tree, tokens: Tokens, key=None, train=False, weight=None

@@ -34,7 +34,7 @@ from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
@@ -425,7 +425,7 @@ class MoiraiMoe(Model):
         """
         options = {"only": only, "lean": lean}
         net = MoiraiMoeNet(self.config)
-        return run(net, params, tokens, patch, key=key, train=train, **options)
+        return run_network(net, params, tokens, patch, key=key, train=train, **options)
 
     def packed_loss(
         self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None

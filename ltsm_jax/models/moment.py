@@ -43,10 +43,10 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows
-from ltsm_jax.layers.network import run
+from ltsm_jax.layers.network import run_network
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import T5_GROUPS, Stack
+from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree, flatten
 
 SCALE_EPS = 1e-5  # added to the deviation, after the root
@@ -346,7 +346,7 @@ class Moment(Model):
         (r"^(position_table|mask_embed)$", ()),
         (r"^head/kernel$", ("fsdp", None)),
     )
-    stacks = (Stack("encoder", ("layers",)),)
+    stacks = (LayerStack("encoder", ("layers",)),)
     prunable = T5_GROUPS
 
     @classmethod
@@ -486,7 +486,7 @@ class Moment(Model):
             for m in (visible_BCT, data_BCT)
         )
         net = MomentNet(cfg, with_head)
-        y, taps = run(net, params, p_BCNP, visible_BCN, data_BCN, key=key, train=train)
+        y, taps = run_network(net, params, p_BCNP, visible_BCN, data_BCN, key=key, train=train)
         return y, {"scaled": z_BCT} | taps
 
     def apply(

@@ -21,7 +21,7 @@ import numpy as np
 from ltsm_jax import trees
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, attention_dims
 from ltsm_jax.models.family import Model
-from ltsm_jax.models.groups import Group, Stack
+from ltsm_jax.models.groups import Group, LayerStack
 from ltsm_jax.trees import Params
 
 
@@ -33,7 +33,7 @@ class Place:
 
     group: Group
     path: str
-    stack: Stack
+    stack: LayerStack
     layer: str
 
     @property
@@ -112,7 +112,7 @@ def stacks(model: Model, paths: Iterable[str]) -> list[tuple[str, ...]]:
     Returns: paths of layers, such as [("encoder/layer_0", "encoder/layer_1"),
       ("decoder/layer_0",)], of each of `Model.stacks` that there is.
     """
-    together: dict[Stack, dict[str, None]] = {}
+    together: dict[LayerStack, dict[str, None]] = {}
     for path in paths:
         for stack in model.stacks:
             if split := stack.split(path):

@@ -34,8 +34,8 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
-from ltsm_jax.layers.network import nested, run
-from ltsm_jax.layers.patches import following
+from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.patches import token_labels
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -359,14 +359,14 @@ class Sundial(Model):
 
     def _net(self, params: Tree, x_BL, key=None, train=False, **rest) -> Any:
         trunk = {name: leaf for name, leaf in params.items() if name != "flow"}
-        return run(SundialNet(self.config), trunk, x_BL, key=key, train=train, **rest)
+        return run_network(SundialNet(self.config), trunk, x_BL, key=key, train=train, **rest)
 
     def flow(self, params: Tree, x_RSQ: jax.Array, t_RS: jax.Array, z_R1D: jax.Array):
         """The clean points [R, S, Q] that the flow network sees in x, and the named steps; see
         `FlowNet`.
         """
         with branch("flow"):
-            return run(FlowNet(self.config), params["flow"], x_RSQ, t_RS, z_R1D)
+            return run_network(FlowNet(self.config), params["flow"], x_RSQ, t_RS, z_R1D)
 
     def sample(self, params: Tree, z_BD: jax.Array, noise_BSQ: jax.Array) -> jax.Array:
         """Draws of the next Q points [B, S, Q] under conditions z, from standard normal `noise`, in
@@ -445,7 +445,7 @@ class Sundial(Model):
         p, q = self.config.patch_len, self.config.horizon
         z_BCND, _ = self.apply(params, x_BCT, key=key, train=train)
         (b, c, n, d), draws = z_BCND.shape, noise_MRQ.shape[0]
-        want_BCNQ = following(labels_BCT, n, p, points=q)
+        want_BCNQ = token_labels(labels_BCT, n, p, points=q)
         count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
         token_BCN = count_BCNQ.max(-1)  # a token without any label is no token
         count_BCNQ = count_BCNQ if points_BCNQ is None else count_BCNQ * points_BCNQ

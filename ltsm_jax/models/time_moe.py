@@ -36,7 +36,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -437,7 +437,7 @@ class TimeMoe(Model):
     # --- the network
 
     def _net(self, params: Tree, x_BN, key=None, train=False, **rest) -> Any:
-        return run(TimeMoeNet(self.config), params, x_BN, key=key, train=train, **rest)
+        return run_network(TimeMoeNet(self.config), params, x_BN, key=key, train=train, **rest)
 
     def apply(
         self,

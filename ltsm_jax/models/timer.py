@@ -26,7 +26,7 @@ from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.patches import newest_patches
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
@@ -312,7 +312,7 @@ class Timer(Model):
             std_BC1 = jnp.sqrt(jnp.square(z_BCT).sum(-1, keepdims=True) / n_BC1 + SCALE_EPS)
         mean_BC1, std_BC1 = jax.lax.stop_gradient((mean_BC1, std_BC1))
         p_BNP = (z_BCT / std_BC1)[..., : n * cfg.patch_len].reshape(b * c, n, cfg.patch_len)
-        y_BNP, taps = run(TimerNet(cfg), params, p_BNP, key=key, train=train)
+        y_BNP, taps = run_network(TimerNet(cfg), params, p_BNP, key=key, train=train)
         y_BCT = y_BNP.reshape(b, c, n * cfg.patch_len) * std_BC1 + mean_BC1
         return y_BCT, taps | {"mean": mean_BC1, "std": std_BC1}
 

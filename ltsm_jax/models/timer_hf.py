@@ -37,8 +37,8 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import HIDDEN_ACTS, GatedMLP
-from ltsm_jax.layers.network import nested, run
-from ltsm_jax.layers.patches import following
+from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.patches import token_labels
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -277,7 +277,7 @@ class TimerHf(Model):
     # --- the network
 
     def _net(self, params: Tree, p_BNP, key=None, train=False, **rest) -> Any:
-        return run(TimerHfNet(self.config), params, p_BNP, key=key, train=train, **rest)
+        return run_network(TimerHfNet(self.config), params, p_BNP, key=key, train=train, **rest)
 
     def apply(self, params: Tree, x_BCT: jax.Array, observed_BCN=None, key=None, train=False):
         """One forward pass, without any scaling: a list of what each head predicts, [B, C, N, q],
@@ -333,7 +333,7 @@ class TimerHf(Model):
         losses = []
         for y_BCNQ in heads:
             n, q = y_BCNQ.shape[2:]
-            want_BCNQ = following(labels_BCT, n, self.config.patch_len, points=q)
+            want_BCNQ = token_labels(labels_BCT, n, self.config.patch_len, points=q)
             count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
             if weight_BCN is not None:
                 count_BCNQ = count_BCNQ * weight_BCN[..., None]

@@ -32,8 +32,8 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run
-from ltsm_jax.layers.patches import following, newest_patches
+from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.patches import newest_patches, token_labels
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -316,7 +316,7 @@ class TimerXL(Model):
         p_BCNP = ((x_BCT - mean_BC1) / std_BC1)[..., : n * cfg.patch_len].reshape(
             b, c, n, cfg.patch_len
         )
-        y_BCNQ, taps = run(TimerXLNet(cfg), params, p_BCNP, key=key, train=train)
+        y_BCNQ, taps = run_network(TimerXLNet(cfg), params, p_BCNP, key=key, train=train)
         return y_BCNQ.reshape(b, c, n * cfg.horizon) * std_BC1 + mean_BC1, taps
 
     def _windows(self, x_BCT: jax.Array) -> jax.Array:
@@ -338,7 +338,7 @@ class TimerXL(Model):
             )
         context = context[..., context.shape[-1] % p :]
         series_BCT = jnp.concatenate([context[..., p:], batch["target"]], axis=-1)
-        want_BCNQ = following(series_BCT, context.shape[-1] // p, p, points=self.config.horizon)
+        want_BCNQ = token_labels(series_BCT, context.shape[-1] // p, p, points=self.config.horizon)
         want_BCT = want_BCNQ.reshape(*context.shape[:2], -1)
         told = dict(batch) | {"context": context, "target": want_BCT}
         return self.token_loss(params, told, key=key, train=train)

@@ -34,7 +34,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.layers.quantiles import pinball
@@ -461,7 +461,7 @@ class TimesFM1(Model):
         padding_BNP = jnp.where(x_BNP == jnp.float32(cfg.pad_val), 1.0, padding_BNP)
         mean_B, std_B = self._scale(x_BNP, 1 - padding_BNP)
         z_BNP = (x_BNP - mean_B[:, None, None]) / std_B[:, None, None] * (1 - padding_BNP)
-        y_BNOQ, taps = run(TimesFM1Net(cfg), params, z_BNP, padding_BNP, freq_B, last=last)
+        y_BNOQ, taps = run_network(TimesFM1Net(cfg), params, z_BNP, padding_BNP, freq_B, last=last)
         taps |= {"patches": z_BNP, "padded": padding_BNP.min(-1), "mean": mean_B, "std": std_B}
         return y_BNOQ * std_B[:, None, None, None] + mean_B[:, None, None, None], taps
 

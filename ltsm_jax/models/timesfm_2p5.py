@@ -32,7 +32,7 @@ from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.residual import ResidualBlock
@@ -470,7 +470,7 @@ class TimesFM2p5(Model):
         padding_BNP = padding_BNP.astype(jnp.float32)
         padded_B = (padding_BNP[..., -1] > 0).sum(1) if padded_B is None else padded_B
         net = TimesFM2p5Net(self.config)
-        return run(net, params, z_BNP, padding_BNP, padded_B, caches, start, last)
+        return run_network(net, params, z_BNP, padding_BNP, padded_B, caches, start, last)
 
     def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, last: bool = False):
         """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N,

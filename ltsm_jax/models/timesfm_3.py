@@ -38,7 +38,7 @@ from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.rope import rotary
@@ -645,7 +645,7 @@ class TimesFM3(Model):
 
         stop = n if last is None else last
         inputs = (tokens[:, :, :stop], seen_BCN[:, :, :stop], positions_BN[:, :stop])
-        raw_BCNOQ, taps = run(TimesFM3Net(cfg), params, *inputs, first=first)
+        raw_BCNOQ, taps = run_network(TimesFM3Net(cfg), params, *inputs, first=first)
         taps |= {"tokens": tokens, "seen": seen_BCN, "raw": raw_BCNOQ}
         taps |= {"n": n_BCN, "mean": mean_BCN, "std": std_BCN}
 

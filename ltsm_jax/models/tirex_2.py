@@ -52,7 +52,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear, compute_dtype
 from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.quantiles import median_of, pinball
 from ltsm_jax.layers.residual import ResidualBlock
@@ -1106,7 +1106,9 @@ class TiRex2(Model):
         n = tokens.shape[2]
         targets, last = m if targets is None else targets, n if last is None else last
         options = {"targets": targets, "last": last, "key": key, "train": train}
-        y_GCNQP, taps = run(TiRex2Net(cfg), params, tokens, both, known, seen, mixed, **options)
+        y_GCNQP, taps = run_network(
+            TiRex2Net(cfg), params, tokens, both, known, seen, mixed, **options
+        )
         y_GCRQ = jnp.swapaxes(y_GCNQP, 3, 4).reshape(g, targets, last * p, len(cfg.levels))
         taps |= {"scaled": y_GCRQ, "loc": loc, "scale": scale, "binary": binary, "known": known}
 

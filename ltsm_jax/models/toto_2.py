@@ -56,7 +56,7 @@ from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, interpolate_missing, mean_observed, mse_observed
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
@@ -825,7 +825,7 @@ class Toto2(Model):
         seen_BVSS = seen_BVSS & jnp.tril(jnp.ones((s, s), bool))[None, None]
         places = np.arange(s), s // 2
         inputs = (tokens, seen_BVSS, _together(groups_BVS), places)
-        return run(Toto2Net(self.config), params, *inputs, only=only, lean=lean)
+        return run_network(Toto2Net(self.config), params, *inputs, only=only, lean=lean)
 
     def sequence_loss(
         self,
@@ -1009,7 +1009,7 @@ class Toto2(Model):
         seen_BSVV = _together(passes.groups_BVS[:, :, :both])
         inputs = (tokens, passes.seen(start), seen_BSVV, places, caches)
         only = slice(block - 1, both - 1)
-        y, own, steps = run(Toto2Net(self.config), params, *inputs, only=only)
+        y, own, steps = run_network(Toto2Net(self.config), params, *inputs, only=only)
 
         kept = []
         for old, new in zip(caches, own, strict=True):

@@ -62,10 +62,10 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group, Stack
+from ltsm_jax.models.groups import Group, LayerStack
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
@@ -955,7 +955,7 @@ def _of_targets(cfg: TTMConfig, x_BC: jax.Array) -> jax.Array:
     return x_BC if targets is None else x_BC[:, np.array(targets)]
 
 
-def with_covariates(
+def with_covariate_channels(
     cfg: TTMConfig, context_BCT, target_BCH, past_BKT=None, known_BKS=None
 ) -> tuple[jax.Array, jax.Array]:
     """Put targets and covariates into the order of the channels that the config numbers.
@@ -998,7 +998,7 @@ def all_channels(cfg: TTMConfig, batch: Batch) -> Batch:
     if "past" not in batch and "known" not in batch:
         return batch
     past, known = batch.get("past"), batch.get("known")
-    context, target = with_covariates(cfg, batch["context"], batch["target"], past, known)
+    context, target = with_covariate_channels(cfg, batch["context"], batch["target"], past, known)
     rest = {name: value for name, value in batch.items() if name not in ("past", "known")}
     return rest | {"context": context, "target": target}
 
@@ -1277,7 +1277,7 @@ class Forecasts(Model):
         if past is None and known is None:
             return self.predict(params, context, horizon, key)
         unknown = jnp.full((*context.shape[:2], horizon), jnp.nan)
-        every, future = with_covariates(self.part, context, unknown, past, known)
+        every, future = with_covariate_channels(self.part, context, unknown, past, known)
         return self.predict(params, every, horizon, key, future=future)
 
     def roll_out(
@@ -1371,9 +1371,9 @@ class TTM(Forecasts):
         *shards.WHOLE,
     )
     stacks = (
-        Stack("encoder", ("encoder",), levels="levels"),
-        Stack("decoder/mixers", ("decoder",), levels="decoder_levels"),
-        Stack("fcm/mixers", ("fcm_layers",)),
+        LayerStack("encoder", ("encoder",), levels="levels"),
+        LayerStack("decoder/mixers", ("decoder",), levels="decoder_levels"),
+        LayerStack("fcm/mixers", ("fcm_layers",)),
     )
     prunable = (
         Group.units("channel_mixer", "channel"),
@@ -1613,7 +1613,9 @@ class TTM(Forecasts):
 
         bins_BCS = self._bins(z_BCL) if cfg.spectrum else None
         inputs = (self._cut(z_BCL), x_BCL, future_BCH, freq_B, categories_BV, bins_BCS)
-        all_BCH, y_BCH, q_BCHQ, taps = run(TTMNet(cfg), params, *inputs, key=key, train=train)
+        all_BCH, y_BCH, q_BCHQ, taps = run_network(
+            TTMNet(cfg), params, *inputs, key=key, train=train
+        )
 
         # Back into the units of x.
         taps |= {"scaled": z_BCL, "loc": loc_BC1, "scale": scale_BC1}

@@ -29,7 +29,7 @@ from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.network import nested
 from ltsm_jax.models import ttm
 from ltsm_jax.models.family import Batch, Recipe
-from ltsm_jax.models.groups import Stack
+from ltsm_jax.models.groups import LayerStack
 from ltsm_jax.models.ttm import TTM, Forecasts, QuantileConfig, TTMConfig
 from ltsm_jax.trees import Tree
 
@@ -193,7 +193,7 @@ def _lower_median(x_BCT, seen_BCT):
     return jnp.where(count > 0, middle, 0.0)
 
 
-def _stacks_of(part: str) -> tuple[Stack, ...]:
+def _stacks_of(part: str) -> tuple[LayerStack, ...]:
     """The stacks of a part, under its name."""
     found = []
     for stack in TTM.stacks:

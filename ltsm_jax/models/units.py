@@ -37,10 +37,10 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group, Stack
+from ltsm_jax.models.groups import Group, LayerStack
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
@@ -563,7 +563,7 @@ class Units(Model):
         *shards.LAYERS,
         *shards.WHOLE,
     )
-    stacks = (Stack(name="block"),)
+    stacks = (LayerStack(name="block"),)
     prunable = (
         Group.heads("seq", "seq_heads", makes=("qkv",), axis=1),
         Group.heads("var", "var_heads", makes=("qkv",), axis=1),
@@ -755,7 +755,7 @@ class Units(Model):
         z = jnp.pad(z / std, ((0, 0), (0, 0), (0, -length % p)))
         options = {"n_new": n_new, "hidden_BVN": hidden, "task": task, "key": key, "train": train}
         p_BVNP = z.reshape(b, v, -1, p)
-        y, taps = run(UnitsNet(cfg, dataset), _joined(params), p_BVNP, **options)
+        y, taps = run_network(UnitsNet(cfg, dataset), _joined(params), p_BVNP, **options)
         taps |= {"scaled": z, "mean": mean, "std": std}
         if task:
             return y, taps
@@ -785,7 +785,7 @@ class Units(Model):
         z = jnp.pad((x - mean) / std, ((0, 0), (0, 0), (0, -length % p))).reshape(b, v, -1, p)
         hidden = jnp.broadcast_to((hidden_BN != 0)[:, None], (b, v, z.shape[2]))
         options = {"hidden_BVN": hidden, "task": task, "key": key, "train": train}
-        both, _ = run(UnitsNet(cfg, dataset), _joined(params), z, **options)
+        both, _ = run_network(UnitsNet(cfg, dataset), _joined(params), z, **options)
         one, two = (
             y.reshape(b, v, -1)[..., :length].astype(jnp.float32) * std + mean for y in both
         )

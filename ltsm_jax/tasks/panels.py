@@ -80,7 +80,7 @@ class PanelForecast:
         )
 
 
-def beside(model: Any, panel: Panel, covariates: bool = True) -> tuple[int, int]:
+def covariate_counts(model: Any, panel: Panel, covariates: bool = True) -> tuple[int, int]:
     """How many of the panel's covariates, of the past and known ahead, a model takes."""
     takes = getattr(model, "covariates", ()) if covariates else ()
     return len(panel.past) * ("past" in takes), len(panel.known) * ("known" in takes)
@@ -236,7 +236,7 @@ def passes(
     """
     c = panel.n_variates
     members = c if joint else 1
-    width = members + sum(beside(model, panel, covariates))
+    width = members + sum(covariate_counts(model, panel, covariates))
     lengths = lengths_of(model, origins.ends - panel.bounds[origins.items], context_len)
     found = []
     for length in np.unique(lengths):
@@ -269,7 +269,7 @@ def trace_program(
     def shape(width: int, length: int) -> jax.ShapeDtypeStruct | None:
         return jax.ShapeDtypeStruct((of.size, width, length), jnp.float32) if width else None
 
-    n_past, n_known = beside(model, panel, covariates)
+    n_past, n_known = covariate_counts(model, panel, covariates)
     past, known = shape(n_past, of.length), shape(n_known, of.length + horizon)
     context = shape(panel.n_variates if joint else 1, of.length)
     key = jax.random.key(0)
@@ -336,12 +336,11 @@ def forecast_panel(
     origins = Origins.after(panel) if origins is None else origins
     key = jax.random.key(0) if key is None else key
     m, c = len(origins.items), panel.n_variates
-
     members = c if joint else 1
     count = m if joint else m * c
-    kinds = beside(model, panel, covariates)
+    kinds = covariate_counts(model, panel, covariates)
     said = ()
-    if not on_host:
+    if on_host is None:
         said = own_levels(model, params, members, horizon=horizon, wanted=levels, covariates=kinds)
     point = np.empty((count, members, horizon))
     quantiles = np.empty((count, members, horizon, len(said)))
@@ -379,9 +378,7 @@ def forecast_panel(
                 past, known = cut.covariates(size, kinds)
                 answer = _forecast(model, params, scaled, past, known, key, horizon, said)
             else:
-                flat = on_host(scaled[: len(rows)].reshape(-1, length), horizon)
-                y = flat.reshape(len(rows), members, horizon)
-                answer = y, np.zeros((*y.shape, 0))
+                answer = _forecast_on_host(on_host, scaled[: len(rows)], horizon)
             # While the device works on this batch, the host takes in the one before.
             if pending is not None:
                 collect(*pending)
@@ -397,6 +394,15 @@ def forecast_panel(
         levels=said,
         unit=unit.reshape(m, c),
     )
+
+
+def _forecast_on_host(
+    on_host: Callable[[np.ndarray, int], np.ndarray], context_BCL: np.ndarray, horizon: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forecasts [B, C, H] of `on_host`, and no quantiles [B, C, H, 0]."""
+    b, c, length = context_BCL.shape
+    y = on_host(context_BCL.reshape(-1, length), horizon).reshape(b, c, horizon)
+    return y, np.zeros((b, c, horizon, 0))
 
 
 def _units(

@@ -8,7 +8,7 @@ import pytest
 
 from ltsm_jax import trees
 from ltsm_jax.layers import masks as layer_masks
-from ltsm_jax.methods.pruning import full_masks, masked, merge
+from ltsm_jax.methods.pruning import apply_masks, full_masks, masked
 from ltsm_jax.models import FAMILIES
 
 # post-norm with GELU, SwiGLU with experts; T5 with ReLU, mixers and the others take longer to
@@ -61,9 +61,9 @@ def test_a_masked_model_is_the_model_with_masked_weights(name):
         # T5's attention goes a shorter way for few queries, which rounds differently, unless its
         # linears are watched
         with masked({}):
-            return model.loss(merge(params, masks), batch), under
+            return model.loss(apply_masks(params, masks), batch), under
 
-    chex.assert_trees_all_equal(merge(params, ones), params)
+    chex.assert_trees_all_equal(apply_masks(params, ones), params)
     whole, under = losses(params, ones)
     np.testing.assert_array_equal(under, whole)
     merged, under = losses(params, at_random(ones))
@@ -77,7 +77,7 @@ def test_masked_weights_have_no_gradient():
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     grad = trees.flatten(
-        jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(merge(p, some)))))(params)
+        jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(apply_masks(p, some)))))(params)
     )
     m = some["layer_0"]["mixture"]["experts"]["up"]
     expected = np.asarray(m["in"])[:, :, None] * np.asarray(m["out"])[:, None, :]
@@ -94,7 +94,7 @@ def test_the_bias_goes_with_the_output_and_a_mask_in_float32_leaves_bfloat16():
     masks = full_masks(model)
     masks["layer_0"]["up"]["out"] = masks["layer_0"]["up"]["out"].at[3].set(0)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    merged = merge(half, masks)["layer_0"]["up"]
+    merged = apply_masks(half, masks)["layer_0"]["up"]
     assert merged["bias"][3] == 0 and merged["bias"].dtype == jnp.bfloat16
     assert (merged["kernel"][:, 3] == 0).all() and (merged["kernel"][:, 2] != 0).any()
 
@@ -110,7 +110,7 @@ def test_masks_that_do_not_fit_are_all_named():
         "layer_1": {"down": {"out": one(16)}},
     }
     with pytest.raises(ValueError, match="do not fit") as error:
-        merge(params, masks)
+        apply_masks(params, masks)
     for part in (
         "layer_0/up: masks for weights (16, 7)",
         "layer_0/sideways: the model has no",
@@ -139,7 +139,7 @@ def test_a_branch_of_the_parameters_has_its_own_paths():
     def losses(masks):
         with masked(masks):
             under = model.loss(params, batch)
-        return under, model.loss(merge(params, masks), batch)
+        return under, model.loss(apply_masks(params, masks), batch)
 
     whole, _ = losses(masks)
     masks["flow"]["input"]["out"] = jnp.zeros_like(masks["flow"]["input"]["out"])

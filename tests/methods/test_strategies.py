@@ -13,9 +13,9 @@ from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.starts import (
     GROUPS,
     Interpolated,
+    body_layer_of,
     equal_norm_noise,
     groups_of,
-    layer_of,
     start_params,
 )
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
@@ -158,8 +158,8 @@ def test_groups_of_a_timer(model, pre):
     }
     assert {path.rsplit("/", 1)[1] for path in of["biases"]} == {"bias"} and len(of["biases"]) == 12
     assert {path.rsplit("/", 1)[1] for path in of["body"]} == {"kernel"} and len(of["body"]) == 12
-    assert layer_of(model, "layer_1/attn/q/kernel") == "layer_1"
-    assert layer_of(model, "norm/scale") is None
+    assert body_layer_of(model, "layer_1/attn/q/kernel") == "layer_1"
+    assert body_layer_of(model, "norm/scale") is None
 
 
 QUICK = ("timer", "ttm", "chronos_2", "time_moe")
@@ -180,7 +180,7 @@ def test_every_family_has_groups_and_layers(family):
         for path, group in found.items()
         if group in ("norms", "biases")
     )
-    layers = {layer_of(model, path) for path in found} - {None}
+    layers = {body_layer_of(model, path) for path in found} - {None}
     assert len(layers) >= 2
     fixed = {path for path in trees.flatten(params) if path not in found}
     assert fixed == {
