@@ -38,11 +38,7 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
-PRELOADED = (
-    "experiments.prune_then_finetune",
-    "experiments.sff",
-    "orbax.checkpoint.v1",
-)
+PRELOADED = ("experiments.prune_then_finetune", "experiments.sff")
 _SERVER: list = []  # of this process: the socket's path and the process that listens
 
 
@@ -131,7 +127,9 @@ def _server(env) -> tuple[str, dict[str, str]]:
         listening = subprocess.Popen(
             [sys.executable, __file__, path], env=dict(env) | ENVIRONMENT, stdout=subprocess.PIPE
         )
-        assert listening.stdout is not None and listening.stdout.readline() == b"ready\n"
+        assert listening.stdout is not None
+        if listening.stdout.readline() != b"ready\n":
+            raise ConnectionError("the process that forks did not start: its stderr says why")
 
         def end():
             listening.kill()
@@ -163,6 +161,7 @@ def serve(path: str) -> list[str]:
     """Fork for every connection, for ever; in a child that is to be a program: its words."""
     for name in PRELOADED:
         importlib.import_module(name)
+    sys.modules["ltsm_jax.storage"]._orbax()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen()
