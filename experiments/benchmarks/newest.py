@@ -36,7 +36,7 @@ from experiments.benchmarks import torch_newest
 from experiments.benchmarks.rows import Benchmark, Measured
 
 CONTEXT = 512
-LARGEST = 1e-3  # difference of the outputs, in standard deviations of the context
+LARGEST = 1e-3  # relative difference of the outputs, see `compared`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,16 +221,21 @@ def programs(family: str, kind: str, place: Path, peer: str | None) -> dict[str,
 
 
 def compared(place: Path, kind: str) -> float:
-    """The largest difference of the outputs in standard deviations of the context; of losses the
-    relative one.
+    """The largest difference of the outputs, relative to the standard deviation of the context or
+    to the output itself, whichever is larger; of losses the relative one.
+
+    Fresh weights forecast at any scale: TimesFM 3 takes its own medians into the scale of the rows
+    after them, which multiplies what they are from patch to patch.
 
     Raises: ValueError where it is more than rounding.
     """
     ours, theirs = (np.load(place / f"{side}_{kind}.npy") for side in ("jax", "torch"))
     if ours.shape != theirs.shape:
         raise ValueError(f"{kind}: shapes {ours.shape} of ours and {theirs.shape} of the original")
-    unit = np.load(place / "in.npz")["context"].std(axis=-1)[..., None, None]
-    unit = np.abs(theirs) if kind == "train" else unit
+    unit = np.abs(theirs)
+    if kind == "forecast":
+        deviation = np.load(place / "in.npz")["context"].std(axis=-1)[..., None, None]
+        unit = np.maximum(unit, deviation)
     found = float((np.abs(ours - theirs) / unit).max())
     if not found <= LARGEST:
         raise ValueError(f"{kind}: the two sides differ by {found:.2g}, more than {LARGEST:g}")

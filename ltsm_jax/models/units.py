@@ -323,7 +323,8 @@ class Attention(nn.Module):
         # One weight for all tokens of two variates: their values are one long vector.
         q_BHVK, k_BHVK = (jnp.swapaxes(y.mean(2), 1, 2) for y in (q, k))
         v_BHVTK = jnp.moveaxis(v, 3, 1)
-        v_BHV_ = v_BHVTK.reshape(*v_BHVTK.shape[:3], -1)
+        *front, t, k_dim = v_BHVTK.shape
+        v_BHV_ = v_BHVTK.reshape(*front, t * k_dim)  # no -1: a layer may have lost all its heads
         y_BHV_, _ = attend(q_BHVK, k_BHVK, v_BHV_, scale=self.head_dim**-0.5)
         return jnp.moveaxis(y_BHV_.reshape(v_BHVTK.shape), 1, 3)
 

@@ -39,9 +39,9 @@ def counted(monkeypatch):
     """Numbers of lanes of each program."""
     programs, as_lanes = [], lanes._as_lanes
 
-    def counted(jobs, members, *rest):
+    def counted(jobs, members, *rest, **named):
         programs.append(len(members))
-        return as_lanes(jobs, members, *rest)
+        return as_lanes(jobs, members, *rest, **named)
 
     monkeypatch.setattr(lanes, "_as_lanes", counted)
     return programs

@@ -28,9 +28,9 @@ def mapped(monkeypatch):
     """
     programs, as_lanes = [], lanes._as_lanes
 
-    def counted(jobs, members, *rest):
+    def counted(jobs, members, *rest, **named):
         programs.append(len(members))
-        return as_lanes(jobs, members, *rest)
+        return as_lanes(jobs, members, *rest, **named)
 
     monkeypatch.setattr(
         lanes, "plan_lanes", lambda *args, **kwargs: lanes.LanePlan("mapped", 99, "mapped")
@@ -90,8 +90,8 @@ def test_learning_rates_are_lanes_and_one_that_diverges_is_returned(model, pre, 
     )
     assert mapped == [4]
     assert [type(each).__name__ for each in found] == [
-        "Result",
-        "Result",
+        "RunResult",
+        "RunResult",
         "NonFiniteError",
         "NonFiniteError",
     ]

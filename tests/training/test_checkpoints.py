@@ -284,7 +284,7 @@ def test_of_two_processes_with_one_folder_the_second_is_refused_and_loses_nothin
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # it must not end before the second has begun
     second = launch("mlp", tmp_path / "run")
-    errors = second.communicate()[1].decode()
+    errors = second.communicate()[1]
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 1 and "another process is running in" in errors
     finish(first)
