@@ -9,7 +9,7 @@ Run:   python -m experiments.benchmarks.newest --peer-python PATH
 Needs: --peer-python, a Python with the originals: `.ci/run peers` makes one in
        .ci/venv-peers. Without it our side is measured alone.
        4 GB of memory a side.
-Cost:  about ten minutes on 2 CPU cores.
+Cost:  three minutes on 2 CPU cores without TimesFM 3.0, which takes as long.
 Gives: windows a second of forecasts from 512 steps, 96 steps far (TTM r3: 16);
        of TTM r3 also windows a second of a training step with its own loss,
        dropout and AdamW. Both sides run at once and take turns, call by call,
