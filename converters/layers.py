@@ -1,4 +1,4 @@
-"""What an original says of its layers: equal ones, since its classes hold no others."""
+"""Layers of a model to export: the original's classes hold equal layers only."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -419,15 +419,12 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     else:
         first = [*whole_cells(o), *pruned_cells(o)]
         total = len(first) + _n_tuned(o)
-    failures = cells.run_cells(
-        c,
-        first,
-        work.run_cell,
-        rank=pruning_report.rank,
-        console=console,
-        place=(1, total),
-        begin=work.begin,
-    )
+    shown: dict[str, Any] = {
+        "rank": pruning_report.rank,
+        "console": console,
+        "begin": work.begin,
+    }
+    failures = cells.run_cells(c, first, work.run_cell, place=(1, total), **shown)
     rows = hosts.on_first(_rows, c.folder, {cell.name for cell in first})
     choice = choose(rows, o)
     if choice is None:
@@ -439,39 +436,15 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     if o.over:
         grid_cells = _grid_cells(o, choice)
         place = (len(first) + 1, total)
-        failures += cells.run_cells(
-            c,
-            grid_cells,
-            work.run_cell,
-            rank=pruning_report.rank,
-            console=console,
-            place=place,
-            begin=work.begin,
-        )
+        failures += cells.run_cells(c, grid_cells, work.run_cell, place=place, **shown)
         others = [*whole_cells(o, o.seeds[1:]), *tuned_cells(o, _pairs(o, choice), o.seeds[1:])]
         if o.tune == "validated":
             others += pruned_cells(o, o.seeds[1:])
         place = (len(first) + len(grid_cells) + 1, total)
-        return failures + cells.run_chosen(
-            c,
-            others,
-            work.run_cell,
-            rank=pruning_report.rank,
-            console=console,
-            place=place,
-            begin=work.begin,
-        )
+        return failures + cells.run_chosen(c, others, work.run_cell, place=place, **shown)
     tuned = tuned_cells(o, _pairs(o, choice))
     place = (len(first) + 1, total)
-    return failures + cells.run_cells(
-        c,
-        tuned,
-        work.run_cell,
-        rank=pruning_report.rank,
-        console=console,
-        place=place,
-        begin=work.begin,
-    )
+    return failures + cells.run_cells(c, tuned, work.run_cell, place=place, **shown)
 
 
 def _n_chosen(o: Options) -> int:

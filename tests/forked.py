@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 PRELOADED = ("experiments.prune_then_finetune", "experiments.sff")
-_SERVER: list = []  # of this process: the socket's path and the process that listens
+_SERVER: list = []  # of this process: the socket's path, and the settings of JAX behind it
 
 
 class Process:
@@ -96,7 +96,7 @@ def start(words, env, cwd=ROOT, limit: int | None = None) -> Process:
     env: its environment. JAX has read its own variables at its import, so that those named JAX_...
     must be as they were then; XLA_FLAGS are read when the program begins to compute.
     """
-    path, _ = _server(env)
+    path = _server(env)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(path)
     (out, out_end), (err, err_end) = os.pipe(), os.pipe()
@@ -118,7 +118,7 @@ def _jax_settings(env) -> dict[str, str]:
     return {name: value for name, value in env.items() if name.startswith("JAX_")}
 
 
-def _server(env) -> tuple[str, dict[str, str]]:
+def _server(env) -> str:
     """The socket of the process that forks, which is started at the first call."""
     settings = _jax_settings(dict(env) | ENVIRONMENT)
     if not _SERVER:
@@ -140,7 +140,7 @@ def _server(env) -> tuple[str, dict[str, str]]:
         _SERVER[:] = [path, settings]
     if settings != _SERVER[1]:
         raise ValueError(f"JAX was imported with {_SERVER[1]}, asked for {settings}")
-    return _SERVER[0], _SERVER[1]
+    return _SERVER[0]
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:

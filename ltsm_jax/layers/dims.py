@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 Narrowed = Literal["whole", "channels", "pairs"]
-"""What queries and keys can lose: nothing, each channel, or the two channels of a rotary pair."""
+"""Parts that pruning may remove from queries and keys: none, channels, or rotary pairs."""
 
 
 @dataclasses.dataclass(frozen=True)

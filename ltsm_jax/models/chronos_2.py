@@ -616,10 +616,9 @@ class Chronos2(Model):
         return jnp.concatenate(found, axis=2)[:, :, :horizon]
 
     def _along_paths(self, y_GMRQ, paths: Sequence[float], given) -> jax.Array:
-        """What stands behind the context of each path [G * A, M, R]: its own quantile.
+        """Continue each path [G * A, M, R] with the forecast at its own quantile level.
 
-        given: [G, M, R'], what is known of covariates, which go on so and not as they were
-        forecast.
+        given: [G, M, R'], known values of covariates, which replace their forecasts; NaN: unknown.
         """
         g, m, steps, _ = y_GMRQ.shape
         new_GMRA = at_levels(y_GMRQ, self.config.levels, paths)

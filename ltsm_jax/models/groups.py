@@ -3,7 +3,7 @@ units, experts.
 
 A family lists its stacks of layers as `Model.stacks` and the parts as `Model.prunable`:
 
-    stacks = (Stack(),)                                     # layer_0, layer_1, ...: config.layers
+    stacks = (LayerStack(),)                                # layer_0, layer_1, ...: config.layers
     prunable = (Group.heads("attn"), Group.units())
 
 `models.parts` finds and removes them without knowing the family. A part is named twice, by the
@@ -89,7 +89,7 @@ class Group:
     field: of the layer's record, that counts them. It holds a `HeadDims`, whose values can then
       become narrower too, or the number of heads; the number of units; or an `ExpertDims`.
     makes, takes: linears in the module whose outputs, or inputs, are the parts: of heads [H, K], of
-      units [F]; names that a layer has not got are passed over. The values come out of the last of
+      units [F]; names that a layer lacks are skipped. The values come out of the last of
       `makes`; of a fused linear, out of the last along its first axis. For experts the stacked
       kernels [E, ...].
     axis: where in the outputs of `makes` (and of the stacked kernels) the parts are counted.

@@ -108,7 +108,8 @@ class MoiraiMoeConfig:
             problems.append(
                 f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}"
             )
-        for ids in (layer.experts.ids for layer in self.layers):
+        for layer in self.layers:
+            ids = layer.experts.ids
             if len(ids) < TOP_K or max(ids) >= self.n_experts:
                 problems.append(
                     f"a layer has at least {TOP_K} experts from 0 to {self.n_experts - 1}, got "

@@ -43,7 +43,7 @@ class Place:
         return self.group.table and within + self.group.table
 
     def dims(self, config: Any) -> Any:
-        """What the layer's record says of the parts: a `HeadDims`, an `ExpertDims`, or how many."""
+        """The field of the layer's record for these parts: `HeadDims`, `ExpertDims` or a count."""
         layers = self.stack.of(config)
         return getattr(layers[self.stack.number(config, self.layer)], self.group.field)
 
@@ -55,7 +55,7 @@ class Place:
         return dims.ffn if isinstance(dims, ExpertDims) else dims
 
     def put(self, config: Any, dims: Any) -> Any:
-        """The config whose record says something else of the parts."""
+        """The config with another value in this field of the layer's record."""
         layers, number = self.stack.of(config), self.stack.number(config, self.layer)
         layer = dataclasses.replace(layers[number], **{self.group.field: dims})
         return self.stack.put(config, (*layers[:number], layer, *layers[number + 1 :]))
@@ -305,7 +305,7 @@ def without(
 
 
 def _narrowed(dims: Any, group: Group, kept: Kept) -> Any:
-    """What a record says of the parts of a module once only some are kept."""
+    """The field of a layer's record after all but the kept parts are removed."""
     if isinstance(dims, ExpertDims):
         units = kept.units
         return dims if units is None else dataclasses.replace(dims, ffn=units.shape[1])

@@ -1310,7 +1310,7 @@ class TiRex2(Model):
         return y_GCRQ
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
-        """What the last block gives [B, C, N, D]: a token for each patch of the context.
+        """The output of the last block [B, C, N, D]: a token for each patch of the context.
 
         The context is filled up in front to context_len, as for a forecast.
         """

@@ -79,7 +79,7 @@ Cache = tuple[jax.Array, jax.Array]  # rotated keys [B, V, G, S, K] and values o
 
 @dataclasses.dataclass(frozen=True)
 class Toto2Layer:
-    """What a layer attends over, its attention, and its feed-forward units."""
+    """A layer: the axis that it attends over (kind), its attention, its feed-forward units."""
 
     kind: Kind
     attn: HeadDims
@@ -266,8 +266,8 @@ class Toto2Config:
 def kinds_of(
     layers: int, group_size: int, variate_layers: int, variate_first: bool
 ) -> tuple[Kind, ...]:
-    """What each layer attends over: in every group of layers the last few (or the first) over
-    variates.
+    """The axis that each layer attends over: variates in the last (or first) few layers of every
+    group, time in the others.
     """
     kinds: list[Kind] = []
     for i in range(layers):
@@ -701,7 +701,7 @@ class Toto2(Model):
 
     @property
     def context_len(self) -> int:
-        """What is left of the window beside a forecast of `horizon`; nearer ones read more."""
+        """The window less a forecast of `horizon`; shorter horizons read a longer context."""
         cfg = self.config
         return max(cfg.patch_len, cfg.window - (cfg.span - 1) * cfg.patch_len)
 
@@ -808,7 +808,7 @@ class Toto2(Model):
         return x_BVT.reshape(*x_BVT.shape[:2], -1, p)
 
     def _tokens(self, x_BVSP, visible_BVSP, min_observed: int):
-        """What stands in each token [B, V, S, 2P], and its scale [B, V, S] twice."""
+        """Inputs of the tokens [B, V, S, 2P], and the mean and scale [B, V, S] of each."""
         loc, scale = causal_scale(x_BVSP, visible_BVSP, min_observed)
         z_BVSP = jnp.arcsinh((x_BVSP - loc[..., None]) / scale[..., None])
         z_BVSP = jnp.where(visible_BVSP, z_BVSP, 0.0)

@@ -164,6 +164,18 @@ def read_of(data, tmp_path):
     return read_safetensors(tmp_path / "read.safetensors")
 
 
+def in_shards(state, shards, tmp_path):
+    """The files of a checkpoint in several safetensors files, and the index of its keys. shards:
+    keys by file name.
+    """
+    files, where = {}, {}
+    for name, keys in shards.items():
+        files[name] = bytes_of({key: state[key] for key in keys}, tmp_path)
+        where |= dict.fromkeys(keys, name)
+    index = {"metadata": {}, "weight_map": where}
+    return files | {"model.safetensors.index.json": json.dumps(index).encode()}
+
+
 def bytes_of(state, tmp_path, write=write_safetensors):
     write(tmp_path / "written", state, overwrite=True)
     return (tmp_path / "written").read_bytes()
@@ -324,9 +336,7 @@ def test_which_files_are_taken(site, files, expected, tmp_path):
         "model-00001-of-00002.safetensors": keys[::2],
         "model-00002-of-00002.safetensors": keys[1::2],
     }
-    parts = {n: bytes_of({k: state[k] for k in half}, tmp_path) for n, half in halves.items()}
-    index = {"metadata": {}, "weight_map": {k: n for n, half in halves.items() for k in half}}
-    parts |= {"model.safetensors.index.json": json.dumps(index).encode()}
+    parts = in_shards(state, halves, tmp_path)
     for revision, there, taken in (
         (
             "both",
@@ -400,10 +410,7 @@ def files_of(published, folder, tmp_path):
     if published.sharded:
         keys, names = sorted(state), ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
         halves = dict(zip(names, (keys[::2], keys[1::2]), strict=True))
-        parts = {n: bytes_of({k: state[k] for k in half}, tmp_path) for n, half in halves.items()}
-        index = {"weight_map": {key: name for name, half in halves.items() for key in half}}
-        parts["model.safetensors.index.json"] = json.dumps(index).encode()
-        return rest | parts | {"config.json": config}
+        return rest | in_shards(state, halves, tmp_path) | {"config.json": config}
     return rest | {"config.json": config, "model.safetensors": bytes_of(state, tmp_path)}
 
 
