@@ -41,7 +41,6 @@ from experiments.counting import Traffic
 from experiments.targets import Target
 from ltsm_jax import sharding, training, trees
 from ltsm_jax.data.windows import windows_between
-from ltsm_jax.layers import experts
 from ltsm_jax.methods import binding
 from ltsm_jax.methods.phases import Phase, trainable_mask
 from ltsm_jax.models import FAMILIES, Model, near_presets, preset
@@ -285,10 +284,9 @@ def compile_step(job: Job) -> Report:
 
     Raises: ValueError where loss, context, horizon and batch do not go together.
     """
-    with experts.traced_for(job.target.platform):
-        traced = trace_step(
-            job.loss, job.params, job.source, config=job.config, trainable=job.trainable
-        )
+    traced = trace_step(
+        job.loss, job.params, job.source, config=job.config, trainable=job.trainable
+    )
     began = time.monotonic()
     moving = job.params if job.trainable is None else trees.partition(job.params, job.trainable)[0]
     trained, capacity = bytes_on_one(moving), job.target.capacity

@@ -73,12 +73,11 @@ class Target:
     """Devices to compile for.
 
     Attributes:
-      name: as given. platform: "tpu", "cuda" or "cpu". devices: but for "cpu" they can't compute.
+      name: as given. devices: but for those of a CPU they can't compute.
       capacity: bytes of memory that a program may take on one device; None where that is not known.
     """
 
     name: str
-    platform: str
     devices: tuple[Any, ...]
     capacity: int | None
 
@@ -153,7 +152,7 @@ def _tpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
             f"topology {text!r}: libtpu does not know it: {str(err).splitlines()[0]}"
         ) from err
     devices = tuple(topology.devices)
-    return Target(name=text, platform="tpu", devices=devices, capacity=_hbm(devices[0]))
+    return Target(name=text, devices=devices, capacity=_hbm(devices[0]))
 
 
 def _hbm(device: Any) -> int | None:
@@ -221,7 +220,6 @@ def _cuda(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
     )
     return Target(
         name=text,
-        platform="cuda",
         devices=tuple(topology.devices),
         capacity=int(gpu.memory * GPU_SHARE),
     )
@@ -274,4 +272,4 @@ def _cpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
         raise ValueError(
             f"topology {text!r}: JAX has started with {len(devices)} CPU devices already"
         )
-    return Target(name=text, platform="cpu", devices=tuple(devices), capacity=None)
+    return Target(name=text, devices=tuple(devices), capacity=None)

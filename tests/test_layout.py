@@ -242,6 +242,16 @@ def test_only_models_and_layers_know_flax():
     assert not offences(flax_elsewhere)
 
 
+def test_one_argument_is_hidden():
+    """What a function depends on is in its signature, but for the runtime of the layers."""
+    hidden = ("ContextVar", "threading.local")
+    found = []
+    for path in sources():
+        calls = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
+        found += [name_of(path) for call in calls if ast.unparse(call.func).endswith(hidden)]
+    assert found == ["ltsm_jax.layers.runtime"]
+
+
 def test_no_torch_at_run_time():
     foreign = (
         "torch",

@@ -20,6 +20,7 @@ Gives: a line of JSON for each family: parameters; seconds to trace and compile
 """
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -39,11 +40,10 @@ from experiments.benchmarks import first_forecast, rows
 from experiments.benchmarks.rows import Benchmark, Measured
 from ltsm_jax import training, trees
 from ltsm_jax.data import windows
-from ltsm_jax.layers import experts
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.methods import binding
 from ltsm_jax.methods.phases import Phase, trainable_mask
 from ltsm_jax.models import FAMILIES, Model
-from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import memory, optimizers
 from ltsm_jax.training import step as training_step
@@ -115,23 +115,23 @@ def peak_flops() -> float:
 
 
 def flops_of(function: Callable, *inputs: Any) -> int:
-    """Count the matrix products of a call."""
+    """Count the matrix products of `function(runtime, *inputs)`."""
     # In the form for a GPU each token is multiplied by its own experts alone. On a CPU the loops
     # over experts have lengths that the tokens decide, which cannot be counted.
-    with experts.traced_for("cuda"):
-        return counting.product_flops(jax.make_jaxpr(function)(*inputs))
+    counted = functools.partial(function, Runtime(platform="gpu"))
+    return counting.product_flops(jax.make_jaxpr(counted)(*inputs))
 
 
 def timed(function: Callable, state: Any, *inputs: Any) -> Timed:
-    """Compile and time `function(state, *inputs)`, which gives the next state.
+    """Compile and time `function(runtime, state, *inputs)`, which gives the next state.
 
     state: it is given up to the first call.
     """
     began = time.perf_counter()
-    compiled = jax.jit(function, donate_argnums=0).lower(state, *inputs).compile()
+    here = functools.partial(function, Runtime())
+    compiled = jax.jit(here, donate_argnums=0).lower(state, *inputs).compile()
     compile_seconds = time.perf_counter() - began
-    # JAX remembers what it has traced of a function: a new one, for the other form of experts.
-    flops = flops_of(lambda *all_inputs: function(*all_inputs), state, *inputs)
+    flops = flops_of(function, state, *inputs)
 
     state = jax.block_until_ready(compiled(state, *inputs))
     seconds: list[float] = []
@@ -221,7 +221,7 @@ def check_memory(work: Training, shapes: Any, key: jax.Array, gigabytes: float |
         key=key,
         batch_size=work.batch_size,
         how=work.how,
-        placement=Placement(),
+        runtime=Runtime(),
         writes_checkpoints=False,
     )
     estimate.check(memory.available() if gigabytes is None else int(gigabytes * 1e9))
@@ -232,9 +232,9 @@ def time_forecasts(model: Model, params: Any, source: windows.Windows, batch: in
     horizon = model.recipe().horizon
     context = source.gather(jnp.arange(batch))["context"][:, :1]
 
-    def predict(previous, params, context):
+    def predict(runtime, previous, params, context):
         # What a call gives back takes the place of what the one before it gave.
-        return model.predict(params, context, horizon).point
+        return runtime.call(model.predict, params, context, horizon).point
 
     return timed(predict, jnp.zeros((batch, 1, horizon)), params, context)
 
@@ -244,7 +244,7 @@ def time_steps(work: Training, moving: Any, frozen: Any, key: jax.Array) -> Time
     optimizer = work.optimizer
     batch_rows = windows.batch_at(jnp.arange(work.source.n), 0, work.batch_size)
 
-    def train(state, frozen, source, batch_rows, key):
+    def train(runtime, state, frozen, source, batch_rows, key):
         moving, opt_state = state
         _, _, *state = training_step.update(
             moving,
@@ -258,7 +258,7 @@ def time_steps(work: Training, moving: Any, frozen: Any, key: jax.Array) -> Time
             penalty=None,
             tx=optimizer,
             how=work.how,
-            placement=Placement(),
+            runtime=runtime,
         )
         return tuple(state)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.data.windows import Windows
-from ltsm_jax.layers.experts import rows_over
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.models.family import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.forecasting import Forecasting
@@ -94,13 +94,13 @@ class SplitLoss:
         self, params: Tree, batch: dict[str, jax.Array], weight: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Sum over the windows of a batch of what is averaged, and the weight of that sum."""
-        with rows_over(self.placement.mesh):
-            if self.kind == "own":
-                loss = self.model.loss(params, batch | {"weight": weight})
-                return loss * weight.sum(), weight.sum()
-            target = batch["target"]
-            predictor = self.task.predictor(self.model)
-            point = predictor.predict(params, batch["context"], target.shape[-1]).point
+        runtime = Runtime(placement=self.placement)
+        if self.kind == "own":
+            loss = runtime.call(self.model.loss, params, batch | {"weight": weight})
+            return loss * weight.sum(), weight.sum()
+        target = batch["target"]
+        predict = self.task.predictor(self.model).predict
+        point = runtime.call(predict, params, batch["context"], target.shape[-1]).point
         observed = ~jnp.isnan(target) & (weight > 0)[:, None, None]
         # The inner `where` keeps missing targets out of the gradient as well.
         error = jnp.where(observed, point - jnp.where(observed, target, 0.0), 0.0)

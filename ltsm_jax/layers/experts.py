@@ -18,8 +18,6 @@ The gradients of "turns" are of "dense" or "blocks". On a CPU XLA runs all exper
 form, masked.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
 from collections.abc import Callable
@@ -28,10 +26,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ltsm_jax import sharding
 from ltsm_jax.layers.linear import compute_dtype
+from ltsm_jax.layers.runtime import Runtime
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
 Activation = Callable[[jax.Array], jax.Array]
@@ -39,34 +38,6 @@ Form = Literal["auto", "dense", "blocks", "turns", "ragged"]
 
 BLOCK = 128  # most rows of one product in "blocks"
 TURN = 8, 64  # least and most rows of one product in "turns"
-_PLATFORM: contextvars.ContextVar = contextvars.ContextVar("platform of the program", default=None)
-_MESH: contextvars.ContextVar = contextvars.ContextVar("mesh of the rows", default=None)
-
-
-@contextlib.contextmanager
-def rows_over(mesh: Mesh | None):
-    """While this is open, each device of the mesh computes the experts of the tokens of its own
-    rows of the batch. Left to itself, XLA sorts the tokens of all devices by expert, and computes
-    all of them on every device. None: no mesh. Open it inside the function that is compiled, over a
-    batch split by `sharding.BATCH`.
-    """
-    token = _MESH.set(mesh)
-    try:
-        yield
-    finally:
-        _MESH.reset(token)
-
-
-@contextlib.contextmanager
-def traced_for(platform: str):
-    """While this is open, "auto" takes what is right for `platform` ("cpu", "cuda", "tpu") instead
-    of for the machine that traces: for programs that are compiled on one machine for another.
-    """
-    token = _PLATFORM.set(platform)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(token)
 
 
 def route(
@@ -111,7 +82,14 @@ class Experts(nn.Module):
             for name, shape in (("gate", into), ("up", into), ("down", out))
         )
         return mixture(
-            x_TD.astype(dtype), (gate, up, down), weight_TK, chosen_TK, self.act, self.form, masks
+            x_TD.astype(dtype),
+            (gate, up, down),
+            weight_TK,
+            chosen_TK,
+            self.act,
+            form=self.form,
+            masks=masks,
+            runtime=Runtime.current(),
         )
 
 
@@ -123,6 +101,7 @@ def mixture(
     act: Activation,
     form: Form = "auto",
     masks: Any = None,
+    runtime: Runtime | None = None,
 ) -> jax.Array:
     """Sum over each token's experts of weight * down(act(gate(x)) * up(x)), [T, D].
 
@@ -134,13 +113,16 @@ def mixture(
     are those of "blocks", or of "dense" where an expert has less than half a block of tokens on
     average; on a mesh these two themselves; on accelerators, where it was not measured, the
     operation that XLA has for it, "ragged".
+
+    runtime: on a mesh each device computes its own rows of x; None: there is no mesh, and the
+    platform is this machine's.
     """
     if masks is not None:
         return _dense(x_TD, kernels, weight_TK, chosen_TK, act, masks)
-    mesh: Mesh | None = _MESH.get()
-    parts = sharding.Placement(mesh).row_parts
+    runtime = runtime or Runtime()
+    mesh, parts = runtime.placement.mesh, runtime.placement.row_parts
     if form == "auto":
-        accelerator = (_PLATFORM.get() or jax.default_backend()) != "cpu"
+        accelerator = (runtime.platform or jax.default_backend()) != "cpu"
         few = _few(chosen_TK.size // parts, kernels[0].shape[0])
         if accelerator:
             form = "ragged"

@@ -1,35 +1,20 @@
 """Linear layers as products of two plain matrices."""
 
-import contextlib
-import contextvars
 import math
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-_COMPUTE: contextvars.ContextVar = contextvars.ContextVar("compute dtype", default=None)
+from ltsm_jax.layers.runtime import Runtime
 
 
-@contextlib.contextmanager
-def compute_in(dtype):
-    """While this is open, every `Linear` that is traced multiplies in `dtype`, whatever its input
-    and its parameters are in. Norms, softmax, residual sums with float32 and losses stay in
-    float32; so do the parameters, and with them gradients and optimiser. None: the dtype of the
-    input. Open it inside the function that is compiled.
-    """
-    token = _COMPUTE.set(None if dtype is None else jnp.dtype(dtype))
-    try:
-        yield
-    finally:
-        _COMPUTE.reset(token)
-
-
-def compute_dtype(x):
-    """The dtype in which a product with x is to be computed: what `compute_in` says, else
+def compute_dtype(x: jax.Array) -> jnp.dtype:
+    """The dtype in which a product with x is to be computed: what the program's runtime says, else
     x's own.
     """
-    return _COMPUTE.get() or x.dtype
+    return jnp.dtype(Runtime.current().compute or x.dtype)
 
 
 class Linear(nn.Module):

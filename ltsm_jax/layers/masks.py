@@ -8,9 +8,8 @@ D]}}. The values are 0 or 1, or whatever one wants the gradient at.
 """
 
 import contextlib
-import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,26 +24,18 @@ from ltsm_jax.layers.shortcuts import go_whole
 from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree, flatten, unflatten
 
-_BRANCH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
-    "branch of the parameters", default=()
-)
-
-
-@contextlib.contextmanager
-def branch(name: str):
-    """While this is open, a network is applied to this branch of the parameters alone: paths of
-    linears begin there.
-    """
-    token = _BRANCH.set((*_BRANCH.get(), name))
-    try:
-        yield
-    finally:
-        _BRANCH.reset(token)
-
 
 def module_path(module: nn.Module) -> str:
-    """The path of a module's parameters in the whole tree, "layer_0/attn/out"."""
-    return "/".join((*_BRANCH.get(), *module.path))
+    """The path of a module's parameters in the whole tree, "layer_0/attn/out".
+
+    A network that is applied to one branch of the parameters is made with the name of the branch,
+    `FlowNet(cfg, name="flow")`. Flax leaves that out of `path`, as it does all names of networks.
+    """
+    network = module
+    while isinstance(network.parent, nn.Module):
+        network = network.parent
+    branch = () if network.name is None else (network.name,)
+    return "/".join((*branch, *module.path))
 
 
 @contextlib.contextmanager
@@ -62,7 +53,7 @@ def masked(masks: Tree):
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, Linear | Experts):
             return function(*args, **go_whole(context, kwargs))
-        own = _at(masks, (*_BRANCH.get(), *module.path))
+        own = _at(masks, module_path(module).split("/"))
         if own is None:
             return function(*args, **kwargs)
         if isinstance(module, Experts):
@@ -235,7 +226,7 @@ def _merge(params: Tree, masks: Tree) -> Tree:
     return unflatten(flat)
 
 
-def _at(tree: Tree, path: tuple[str, ...]) -> Tree | None:
+def _at(tree: Tree, path: Sequence[str]) -> Tree | None:
     for name in path:
         if not isinstance(tree, dict) or name not in tree:
             return None

@@ -22,7 +22,7 @@ import numpy as np
 from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data import Windows
 from ltsm_jax.layers import taps
-from ltsm_jax.layers.experts import rows_over
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.models import Batch, Model
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.parts import places
@@ -169,8 +169,9 @@ def _sums(
     groups = _groups(model, params)
     inside = {path: f"{path}/{group.takes[0]}" for path, group in groups}
     layers = {path: path.rpartition("/")[0] for path, group in groups if group.kind == "heads"}
-    with rows_over(split.mesh), taps.arguments_of({*inside.values(), *layers.values()}) as seen:
-        forecasting.loss_fn(model, mode)(params, batch, None, False)
+    loss = forecasting.loss_fn(model, mode)
+    with taps.arguments_of({*inside.values(), *layers.values()}) as seen:
+        Runtime(placement=split).call(loss, params, batch, None, False)
     flat, found = trees.flatten(params), {}
     for path, group in groups:
         calls = [args[0] for args in seen[inside[path]]]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax import curvature
-from ltsm_jax.layers.experts import rows_over
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Params
 
@@ -87,7 +87,6 @@ def _gathered(source: Any, numbers: np.ndarray, placement: Placement) -> dict[st
 def _mean_loss(placement: Placement) -> Callable[..., jax.Array]:
     # One and the same function for equal placements, so that runs share a compilation.
     def mean_loss(loss, batch, params):
-        with rows_over(placement.mesh):
-            return loss(params, batch, None, False)
+        return Runtime(placement=placement).call(loss, params, batch, None, False)
 
     return mean_loss

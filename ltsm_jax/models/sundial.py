@@ -31,7 +31,6 @@ from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
 from ltsm_jax.layers.network import nested, run_network
@@ -325,10 +324,10 @@ class Sundial(Model):
             return jax.ShapeDtypeStruct(shape, jnp.float32)
 
         shapes = dict(jax.eval_shape(SundialNet(cfg).init, key, of(1, cfg.patch_len))["params"])
-        with branch("flow"):
-            flow = jax.eval_shape(
-                FlowNet(cfg).init, key, of(1, 1, cfg.horizon), of(1, 1), of(1, 1, cfg.d_model)
-            )
+        network = FlowNet(cfg, name="flow")
+        flow = jax.eval_shape(
+            network.init, key, of(1, 1, cfg.horizon), of(1, 1), of(1, 1, cfg.d_model)
+        )
         shapes["flow"] = flow["params"]
 
         def rule(path, _):
@@ -365,8 +364,8 @@ class Sundial(Model):
         """The clean points [R, S, Q] that the flow network sees in x, and the named steps; see
         `FlowNet`.
         """
-        with branch("flow"):
-            return run_network(FlowNet(self.config), params["flow"], x_RSQ, t_RS, z_R1D)
+        network = FlowNet(self.config, name="flow")
+        return run_network(network, params["flow"], x_RSQ, t_RS, z_R1D)
 
     def sample(self, params: Tree, z_BD: jax.Array, noise_BSQ: jax.Array) -> jax.Array:
         """Draws of the next Q points [B, S, Q] under conditions z, from standard normal `noise`, in

@@ -1345,9 +1345,13 @@ class Forecasts(Model):
 
 @dataclasses.dataclass(frozen=True)
 class TTM(Forecasts):
-    """TTM at one size. See the module docstring; `Model` documents the methods."""
+    """TTM at one size. See the module docstring; `Model` documents the methods.
+
+    branch: of a TTM that is a part of another model, where its parameters lie in that model's.
+    """
 
     config: TTMConfig
+    branch: str | None = None
 
     family = "ttm"
     published = PRESETS
@@ -1432,6 +1436,10 @@ class TTM(Forecasts):
         # of thousands
         return max(128 // (self.config.n_channels if self.variates == "joint" else 1), 1)
 
+    @property
+    def _network(self) -> TTMNet:
+        return TTMNet(self.config, name=self.branch)
+
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear
         layers, N(0, 1) for embeddings and registers; norms 1, 0. The random position table is N(0,
@@ -1449,7 +1457,7 @@ class TTM(Forecasts):
             for shape in ((1,), (1, len(cfg.vocab)), (1, c, cfg.spectrum))
         )
         shapes = jax.eval_shape(
-            TTMNet(cfg).init, key, patches, past, future, freq, categories, bins
+            self._network.init, key, patches, past, future, freq, categories, bins
         )["params"]
         flat = flatten(shapes)
 
@@ -1614,7 +1622,7 @@ class TTM(Forecasts):
         bins_BCS = self._bins(z_BCL) if cfg.spectrum else None
         inputs = (self._cut(z_BCL), x_BCL, future_BCH, freq_B, categories_BV, bins_BCS)
         all_BCH, y_BCH, q_BCHQ, taps = run_network(
-            TTMNet(cfg), params, *inputs, key=key, train=train
+            self._network, params, *inputs, key=key, train=train
         )
 
         # Back into the units of x.

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.network import nested
 from ltsm_jax.models import ttm
 from ltsm_jax.models.family import Batch, Recipe
@@ -255,12 +254,12 @@ class TTMR3(Forecasts):
     @property
     def trend(self) -> TTM:
         """The TTM that forecasts the trend."""
-        return TTM(self.config.trend)
+        return TTM(self.config.trend, branch="trend")
 
     @property
     def residual(self) -> TTM:
         """The TTM that forecasts what is left."""
-        return TTM(self.config.residual)
+        return TTM(self.config.residual, branch="residual")
 
     @property
     def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -293,8 +292,7 @@ class TTMR3(Forecasts):
         """Both parts as `TTM.init` draws them."""
         params = {}
         for one, (name, part) in zip(jax.random.split(key), self._parts(), strict=True):
-            with branch(name):
-                params[name] = part.init(one)
+            params[name] = part.init(one)
         return params
 
     def recipe(self) -> Recipe:
@@ -373,16 +371,15 @@ class TTMR3(Forecasts):
         points, quantiles, every = [], [], []
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         for (name, part), given, one in zip(self._parts(), (z_BCT, rest_BCL), keys, strict=True):
-            with branch(name):
-                y_BCH, inner = part.apply(
-                    params[name],
-                    given,
-                    future_BCH=future_BCH,
-                    freq_token=freq_token,
-                    categories=categories,
-                    key=one,
-                    train=train,
-                )
+            y_BCH, inner = part.apply(
+                params[name],
+                given,
+                future_BCH=future_BCH,
+                freq_token=freq_token,
+                categories=categories,
+                key=one,
+                train=train,
+            )
             points.append(y_BCH)
             quantiles.append(inner.get("quantiles"))
             every.append(inner["all"])

@@ -13,8 +13,8 @@ from ltsm_jax import sharding, storage
 from ltsm_jax.data.panel_windows import PanelSplits
 from ltsm_jax.data.splits import Splits
 from ltsm_jax.data.windows import OwnScale, Windows, context_scale, scaled_covariates
-from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.missing import fill_missing
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.stacks import Over, TreeStack
@@ -333,8 +333,7 @@ def _batch_errors(
     def of_rows(indices: jax.Array) -> dict[str, jax.Array]:
         batch = placement.rows(windows.gather(indices))
         target = batch["target"]
-        with rows_over(placement.mesh):
-            point = _point(predictor, params, batch)
+        point = Runtime(placement=placement).call(_point, predictor, params, batch)
         observed = ~jnp.isnan(target)
         difference = jnp.where(observed, point - target, 0.0)
         zero = target == 0

@@ -173,7 +173,7 @@ def _whole_everywhere(params: Tree, source: Any, placement: Placement) -> bool:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("over", "batch_size", "rule", "how"),
+    static_argnames=("over", "batch_size", "rule", "how", "runtime"),
     donate_argnames=("moving", "opt_state"),
 )
 def advance_lanes(
@@ -191,6 +191,7 @@ def advance_lanes(
     batch_size,
     rule,
     how,
+    runtime,
 ):
     """Take `count` steps of every lane that is alive, from batch `place` of the epoch.
 
@@ -204,14 +205,14 @@ def advance_lanes(
     """
     state = TreeStack.whole({"params": moving, "optimizer": opt_state, "alive": alive})
     common = {"source": source, "place": place, "count": count, "first": first}
-    settings = {"batch_size": batch_size, "rule": rule, "how": how}
+    settings = {"batch_size": batch_size, "rule": rule, "how": how, "runtime": runtime}
     if over.mode == "mapped":
         lane = functools.partial(_alone, **settings)
         return over.each(lane, state, fixed, turn, shared=common)
     return over.spread(functools.partial(_at_once, **settings), state, fixed, turn, shared=common)
 
 
-def _alone(state, fixed, turn, common, *, batch_size, rule, how):
+def _alone(state, fixed, turn, common, *, batch_size, rule, how, runtime):
     """Take the steps of one lane with the program of a separate run."""
     count = jnp.where(state["alive"], common["count"], 0)
     moving, opt_state, _, losses, done = step.advance(
@@ -231,12 +232,13 @@ def _alone(state, fixed, turn, common, *, batch_size, rule, how):
         batch_size=batch_size,
         rule=rule,
         how=how,
+        runtime=runtime,
         layout=None,
     )
     return moving, opt_state, losses, done
 
 
-def _at_once(state, fixed, turn, *, shared, batch_size, rule, how):
+def _at_once(state, fixed, turn, *, shared, batch_size, rule, how, runtime):
     """Take each step of all lanes at once. Where they share the order, the batch is
     gathered once.
     """
@@ -256,7 +258,7 @@ def _at_once(state, fixed, turn, *, shared, batch_size, rule, how):
             penalty=fixed["penalty"],
             tx=tx,
             how=how,
-            placement=Placement(),
+            runtime=runtime,
         )
         alive = now["alive"]
         hold = functools.partial(jax.tree.map, lambda new, old: jnp.where(alive, new, old))
@@ -516,6 +518,7 @@ class Sweep:
             batch_size=first.batch_size,
             rule=first.rule,
             how=first.how,
+            runtime=first.runtime,
         )
         return np.asarray(losses)[:, :count], np.asarray(done)
 
@@ -828,7 +831,7 @@ def _room(jobs: Sequence[Mapping[str, Any]], over: Over, writes: bool) -> int:
         key=one.keys["dropout"],
         batch_size=one.batch_size,
         how=one.how,
-        placement=Placement(),
+        runtime=one.runtime,
         writes_checkpoints=writes,
     )
     # On a CPU the devices share the memory; elsewhere each has its own.

@@ -333,6 +333,7 @@ class Fitting:
         placement.check_hosts()
         self.batch_size = min(config.batch_size, self.n)
         self.how = step.How.of(config)
+        self.runtime = step.runtime_of(config, placement)
         placement.check_batch(self.batch_size, self.how.accumulate)
         self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
@@ -359,7 +360,7 @@ class Fitting:
         self.layout: step.StateLayout | None = None
         if self.mesh is not None:
             self.shardings = sharding.like(self.shapes, moving, self.mesh)
-            self.layout = step.StateLayout.of(self.mesh, self.shardings)
+            self.layout = step.StateLayout.of(self.shardings)
             self.shapes = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                 self.shapes,
@@ -406,7 +407,7 @@ class Fitting:
             key=self.keys["dropout"],
             batch_size=self.batch_size,
             how=self.how,
-            placement=self.placement,
+            runtime=self.runtime,
             writes_checkpoints=writes,
         )
         free = memory.available()
@@ -546,6 +547,7 @@ class Fitting:
             "batch_size": self.batch_size,
             "rule": self.rule,
             "how": self.how,
+            "runtime": self.runtime,
             "layout": self.layout,
         }
 
@@ -689,8 +691,16 @@ class Fitting:
         batch = jax.tree.map(sharding.on_host, step.taken(self.placed, indices, self.placement))
         key = jax.random.fold_in(self.keys["dropout"], self.position.step)
         placed = self.placement.replicate(batch | {"weight": weight})
+        whole = dataclasses.replace(self.runtime, placement=Placement())
         loss, grads = step.gradients_of(
-            self.state["params"], self.frozen, placed, key, self.loss_fn, self.penalty, self.how
+            self.state["params"],
+            self.frozen,
+            placed,
+            key,
+            loss_fn=self.loss_fn,
+            penalty=self.penalty,
+            how=self.how,
+            runtime=whole,
         )
         params = trees.combine(self.state["params"], self.frozen)
         describe = getattr(self.source, "describe", lambda window: {"window": window})

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ltsm_jax import hosts, sharding
 from ltsm_jax.data import windows
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.sharding import Placement
 from ltsm_jax.training import optimizers, step
 from ltsm_jax.training.config import TrainConfig
@@ -114,7 +115,7 @@ def estimate(
     *,
     batch_size: int,
     how: step.How,
-    placement: Placement,
+    runtime: Runtime,
     writes_checkpoints: bool,
 ) -> MemoryEstimate:
     """Estimate what `training.fit` takes, from shapes alone.
@@ -124,11 +125,10 @@ def estimate(
       frozen: the other parameters.
       source, loss_fn: as for `fit`. key: of the dropout.
       batch_size: windows of a step, all parts together.
-      how: how gradients are computed.
-      placement: of the parameters.
+      how: how gradients are computed. runtime: what with, on the devices of the parameters.
       writes_checkpoints: whether the run has a folder.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu, placement = jax.default_backend() == "cpu", runtime.placement
     sharing = len(placement.mesh.local_devices) if placement.mesh and on_cpu else 1
     kept = kept_by_backward(
         state["params"],
@@ -138,6 +138,7 @@ def estimate(
         key=key,
         rows=batch_size // how.accumulate,
         how=how,
+        runtime=runtime,
     )
     activations = int(SCRATCH * kept * sharing / placement.row_parts)
     copies = 2 if writes_checkpoints and on_cpu else 1
@@ -192,31 +193,38 @@ def estimate_before(
         key=key,
         batch_size=min(config.batch_size or 1, int(source.n)),
         how=step.How.of(config),
-        placement=placement,
+        runtime=step.runtime_of(config, placement),
         writes_checkpoints=writes,
     )
 
 
-def kept_by_backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How) -> int:
+def kept_by_backward(
+    moving, frozen, source, loss_fn, key, rows: int, how: step.How, runtime: Runtime
+) -> int:
     """Bytes that the backward pass of `rows` windows keeps of its forward pass, beside the
     parameters.
     """
-    kept = bytes_in(_backward.eval_shape(moving, frozen, source, loss_fn, key, rows, how))
+    # on one device: what the devices of a mesh keep is the same, together
+    whole = dataclasses.replace(runtime, placement=Placement())
+    backward = _backward.eval_shape(
+        moving, frozen, source, loss_fn, key, rows=rows, how=how, runtime=whole
+    )
+    kept = bytes_in(backward)
     # in another dtype it keeps copies of the parameters, in float32 themselves
-    weights = bytes_in(moving) + bytes_in(frozen) if how.compute == "float32" else 0
+    weights = bytes_in(moving) + bytes_in(frozen) if runtime.compute is None else 0
     return max(kept - weights, 0)
 
 
 # Never run: it is for its shapes, which jit keeps from one run to the next.
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How):
+@functools.partial(jax.jit, static_argnames=("rows", "how", "runtime"))
+def _backward(moving, frozen, source, loss_fn, key, *, rows: int, how: step.How, runtime: Runtime):
     """Give the backward pass of one part, with all that it holds."""
     indices, weight = windows.batch_at(jnp.arange(source.n), 0, rows)
-    batch = step.gather(source, indices, weight, placement=Placement())
+    batch = step.gather(source, indices, weight, placement=runtime.placement)
 
     def of(moving):
         return step.objective(
-            moving, frozen, batch, key=key, loss_fn=loss_fn, penalty=None, how=how
+            moving, frozen, batch, key=key, loss_fn=loss_fn, penalty=None, runtime=runtime
         )
 
     return jax.vjp(step.recomputing(of, how), moving)[1]

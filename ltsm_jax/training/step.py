@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from ltsm_jax import sharding, trees
 from ltsm_jax.data import windows
-from ltsm_jax.layers.experts import rows_over
-from ltsm_jax.layers.linear import compute_in
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.sharding import Placement
 from ltsm_jax.training import optimizers
 from ltsm_jax.training.config import MOST_STEPS, REMAT, TrainConfig, keys
@@ -30,10 +29,9 @@ POLICIES = {"all but products": jax.checkpoint_policies.dots_with_no_batch_dims_
 class How:
     """Settings of a gradient's computation; static under jit.
 
-    Attributes: `compute`, `accumulate`, `remat`, `rho` and `ema` of a `TrainConfig`.
+    Attributes: `accumulate`, `remat`, `rho` and `ema` of a `TrainConfig`.
     """
 
-    compute: str
     accumulate: int
     remat: str
     rho: float = 0.0
@@ -50,23 +48,28 @@ class How:
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
+def runtime_of(config: TrainConfig, placement: Placement, platform: str | None = None) -> Runtime:
+    """Give what a step of this config computes with, on the devices of its parameters."""
+    compute = None if config.compute == "float32" else config.compute
+    return Runtime(compute, placement, platform)
+
+
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
     """Placement of parameters and optimiser state on a mesh; hashable, so that it may be static
     under jit.
     """
 
-    mesh: jax.sharding.Mesh
     structure: Any
     shardings: tuple[jax.sharding.NamedSharding, ...]
 
     @classmethod
-    def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "StateLayout":
+    def of(cls, state: Tree) -> "StateLayout":
         """Take the layout of what the step gives back out of a tree of shardings for the whole
         state.
         """
         outputs = (state["params"], state["optimizer"], state.get("average"))
-        return cls(mesh, jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
+        return cls(jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
 
     def pin(
         self, moving: Tree, opt_state: Tree, average: Tree | None
@@ -79,11 +82,10 @@ class StateLayout:
         return jax.lax.with_sharding_constraint((moving, opt_state, average), shardings)
 
 
-def objective(moving, frozen, batch, key, loss_fn, penalty, how: How) -> jax.Array:
+def objective(moving, frozen, batch, key, loss_fn, penalty, runtime: Runtime) -> jax.Array:
     """Compute what is minimised: the loss of a batch, and the penalty."""
     params = trees.combine(moving, frozen)
-    with compute_in(None if how.compute == "float32" else how.compute):
-        loss = loss_fn(params, batch, key, True)
+    loss = runtime.call(loss_fn, params, batch, key, True)
     return loss if penalty is None else loss + penalty(params)
 
 
@@ -98,17 +100,17 @@ def gather(source, indices, weight, placement: Placement) -> dict[str, jax.Array
     return placement.rows(source.gather(indices)) | {"weight": weight}
 
 
-def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, placement: Placement):
+def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, runtime: Runtime):
     """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in
     `how.accumulate` parts.
     """
 
     def of_batch(moving, batch, key):
-        with rows_over(placement.mesh):
-            return objective(
-                moving, frozen, batch, key=key, loss_fn=loss_fn, penalty=penalty, how=how
-            )
+        return objective(
+            moving, frozen, batch, key=key, loss_fn=loss_fn, penalty=penalty, runtime=runtime
+        )
 
+    placement = runtime.placement
     gradients = jax.value_and_grad(recomputing(of_batch, how))
     if how.accumulate == 1:
         return gradients(moving, gather(source, rows[0], rows[1], placement=placement), key)
@@ -168,7 +170,7 @@ def update(
     *,
     tx,
     how: How,
-    placement: Placement,
+    runtime: Runtime,
 ):
     """Take one step on the batch of `rows` (window numbers [B], weights [B]) at this learning rate.
 
@@ -177,6 +179,7 @@ def update(
     Args:
       key: of the dropout of this step.
       tx: the optimiser, see `optimizers.adam`.
+      runtime: on a mesh, each device gathers and computes its own rows.
     Returns: loss, whether the step was finite, parameters, optimiser state.
     """
 
@@ -190,7 +193,7 @@ def update(
             loss_fn=loss_fn,
             penalty=penalty,
             how=how,
-            placement=placement,
+            runtime=runtime,
         )
 
     loss, grads = loss_and_gradients(gradients_at, moving, how)
@@ -205,7 +208,7 @@ def update(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("batch_size", "rule", "how", "layout"),
+    static_argnames=("batch_size", "rule", "how", "runtime", "layout"),
     donate_argnames=("moving", "opt_state", "average"),
 )
 def advance(
@@ -226,6 +229,7 @@ def advance(
     batch_size,
     rule,
     how,
+    runtime,
     layout,
 ):
     """Take `count` steps from batch `place` of the epoch, step `step` of the run.
@@ -237,7 +241,6 @@ def advance(
     0), steps taken.
     """
     tx = rule.transformation()
-    placement = Placement(None if layout is None else layout.mesh)
     pin = (lambda *state: state) if layout is None else layout.pin
 
     def one(carry):
@@ -255,7 +258,7 @@ def advance(
             penalty=penalty,
             tx=tx,
             how=how,
-            placement=placement,
+            runtime=runtime,
         )
         if how.ema:
             mixed = trees.ema(average, new_moving, how.ema)
@@ -269,15 +272,23 @@ def advance(
     losses = jnp.zeros(MOST_STEPS, jnp.float32)
     start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, average, losses)
     done, _, moving, opt_state, average, losses = jax.lax.while_loop(more, one, start)
-    return *pin(moving, opt_state, average), *placement.everywhere((losses, done))
+    return *pin(moving, opt_state, average), *runtime.placement.everywhere((losses, done))
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def gradients_of(moving, frozen, batch, key, loss_fn, penalty, how: How):
+@functools.partial(jax.jit, static_argnames=("how", "runtime"))
+def gradients_of(moving, frozen, batch, key, loss_fn, penalty, how: How, runtime: Runtime):
     """Compute the loss and gradients of one batch, all of it at once."""
 
     def gradients_at(weights):
-        return jax.value_and_grad(objective)(weights, frozen, batch, key, loss_fn, penalty, how)
+        return jax.value_and_grad(objective)(
+            weights,
+            frozen,
+            batch,
+            key=key,
+            loss_fn=loss_fn,
+            penalty=penalty,
+            runtime=runtime,
+        )
 
     return loss_and_gradients(gradients_at, moving, how)
 
@@ -330,7 +341,7 @@ def trace_step(
     runs.
 
     Nothing is computed and no device has to be there, so a step can be compiled for a machine that
-    is not at hand.
+    is not at hand: the one that the shardings of the parameters name.
 
     Args:
       params: tree of `jax.ShapeDtypeStruct` with shardings, over a mesh or all on one device.
@@ -346,8 +357,10 @@ def trace_step(
     assert config.batch_size and config.weight_decay is not None
     placement = Placement.of(params)
     mesh = placement.mesh
+    given = jax.tree.leaves(params)[0].sharding
+    platform = None if given is None else next(iter(given.device_set)).platform
     if mesh is None:
-        whole = jax.tree.leaves(params)[0].sharding
+        whole = given
     else:
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -388,5 +401,6 @@ def trace_step(
         batch_size=batch_size,
         rule=rule,
         how=How.of(config),
-        layout=mesh and StateLayout.of(mesh, placed),
+        runtime=runtime_of(config, placement, platform),
+        layout=placed and StateLayout.of(placed),
     )

@@ -382,7 +382,7 @@ def test_problems_are_said_together(flags, says, capsys):
 
 
 def test_flags_that_do_not_go_together():
-    target = targets.Target("cpu:1", "cpu", tuple(jax.devices()[:1]), None)
+    target = targets.Target("cpu:1", tuple(jax.devices()[:1]), None)
     flags = ["--family", "timer", "--preset", "small", "--topology", "cpu:1"]
     for more, says in (
         (("--horizon", "9"), "takes 8 steps"),
@@ -405,7 +405,7 @@ QUICK = ("timer", "ttm", "chronos_2", "time_moe")
 )
 def test_every_family_can_be_asked_for(family):
     """Shapes, shardings and windows of the published size, without compiling anything."""
-    target = targets.Target("cpu:1", "cpu", tuple(jax.devices()[:1]), None)
+    target = targets.Target("cpu:1", tuple(jax.devices()[:1]), None)
     job = aot.resolve(
         aot.parse(["--family", family, "--topology", "cpu:1", "--mesh", "data=1"]), target
     )

@@ -40,7 +40,7 @@ def test_a_family_whose_training_does_not_fit_is_skipped_with_the_reason(quick):
 
 
 def test_a_call_is_timed_and_its_products_are_counted(quick):
-    def f(state, a):
+    def f(runtime, state, a):
         return state @ a
 
     found = families.timed(f, jnp.ones((4, 8)), jnp.ones((8, 8)))
@@ -50,7 +50,11 @@ def test_a_call_is_timed_and_its_products_are_counted(quick):
 def products_of_a_forecast(model):
     params = folders.param_shapes(model)
     context = jax.ShapeDtypeStruct((1, 1, 32), jnp.float32)
-    return families.flops_of(lambda p, x: model.predict(p, x, 8).point, params, context)
+
+    def predict(runtime, params, context):
+        return runtime.call(model.predict, params, context, 8).point
+
+    return families.flops_of(predict, params, context)
 
 
 def test_an_expert_counts_for_its_own_tokens():

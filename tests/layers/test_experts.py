@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltsm_jax.layers.experts import Form, mixture, route, traced_for
+from ltsm_jax.layers.experts import Form, mixture, route
+from ltsm_jax.layers.runtime import Runtime
 
 D, F = 6, 10
 FORMS: tuple[Form, ...] = ("dense", "blocks", "turns", "ragged")
@@ -112,12 +113,18 @@ def test_pruned_experts_leave_the_others_their_weights():
 def test_a_program_for_another_machine_takes_that_machines_form():
     def form(platform):
         def f(x_TD, weight_TK, chosen_TK):
-            with traced_for(platform):
-                return mixture(x_TD, kernels(4), weight_TK, chosen_TK, jax.nn.silu)
+            return mixture(
+                x_TD,
+                kernels(4),
+                weight_TK,
+                chosen_TK,
+                jax.nn.silu,
+                runtime=Runtime(platform=platform),
+            )
 
         text = str(
             jax.make_jaxpr(f)(jnp.ones((8, D)), jnp.ones((8, 2)), jnp.ones((8, 2), jnp.int32))
         )
         return "ragged" if "ragged_dot" in text else "another"
 
-    assert (form("tpu"), form("cuda"), form("cpu")) == ("ragged", "ragged", "another")
+    assert (form("tpu"), form("gpu"), form("cpu")) == ("ragged", "ragged", "another")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax import trees
-from ltsm_jax.layers.linear import compute_in
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.methods import phases, starts, strategies
 from ltsm_jax.models import folders
 from ltsm_jax.models.moment import PRESETS, Moment, random_mask, standardised
@@ -259,7 +259,6 @@ def test_bfloat16_products(moment):
 
     @jax.jit
     def run(params, x):
-        with compute_in("bfloat16"):
-            return model.predict(params, x, 5).point
+        return Runtime(compute="bfloat16").call(model.predict, params, x, 5).point
 
     np.testing.assert_allclose(run(params, x), predict(model, params, x, 5), rtol=0.2, atol=0.2)

@@ -15,9 +15,9 @@ from converters import CheckpointError, import_checkpoint, tables
 from converters import tirex_2 as converter
 from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import trees
-from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.layers.masks import apply_masks, mask_shapes, masked
 from ltsm_jax.layers.quantiles import at_levels
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.models import folders, tirex_2
 from ltsm_jax.models.tirex_2 import (
@@ -379,8 +379,7 @@ def test_states_are_wide_where_products_are_narrow(params):
     x = wave(2, 2, 50)
 
     def narrow(x):
-        with compute_in(jnp.bfloat16):
-            _, taps = MODEL._future(params, x, 8, targets=2)
+        _, taps = Runtime(compute="bfloat16").call(MODEL._future, params, x, 8, targets=2)
         return taps
 
     taps = jax.jit(narrow)(x)

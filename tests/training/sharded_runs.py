@@ -28,6 +28,7 @@ from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, equal_layers
 from ltsm_jax.layers.masks import place
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.methods import binding, pruning, redundancy, removal
 from ltsm_jax.methods.pruning import schedule
 from ltsm_jax.methods.run import run as run_strategy
@@ -103,10 +104,9 @@ def expert_layers(family):
 
     def loss(x, kernels, mesh, form):
         weight, chosen, _ = experts.route(logits, k)
-        with experts.rows_over(mesh):
-            return jnp.square(
-                experts.mixture(x, kernels, weight, chosen, jax.nn.silu, form) - wanted
-            ).sum()
+        runtime = Runtime(placement=Placement(mesh))
+        y = experts.mixture(x, kernels, weight, chosen, jax.nn.silu, form=form, runtime=runtime)
+        return jnp.square(y - wanted).sum()
 
     def compiled(mesh, form):
         rows, split = None, (None, None, None)

@@ -75,7 +75,7 @@ def test_uphill_of_a_quadratic_by_hand():
     def gradients_at(params):
         return jax.value_and_grad(lambda p: (jnp.array([0.5, 1.0]) * p["w"] ** 2).sum())(params)
 
-    how = step.How("float32", 1, "none", rho=0.5)
+    how = step.How(1, "none", rho=0.5)
     np.testing.assert_allclose(
         step.uphill(at, gradients_at(at)[1], 0.5)["w"], [3.3, 2.4], rtol=1e-6
     )

@@ -15,8 +15,8 @@ import numpy as np
 
 from ltsm_jax import sharding, trees
 from ltsm_jax.layers import masks as layer_masks
-from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.masks import masked
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.models import Model, parts
 from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Params
@@ -195,10 +195,9 @@ def gradient_sums(
                 ),
             }
         else:
-            with rows_over(placement.mesh):
-                value, g = jax.value_and_grad(of_rows)(
-                    masks, rows, weight, None if keys is None else keys[0]
-                )
+            gradient = jax.value_and_grad(of_rows)
+            key = None if keys is None else keys[0]
+            value, g = Runtime(placement=placement).call(gradient, masks, rows, weight, key)
 
             def counted(x):
                 return jnp.where(count > 0, x * count, 0.0)

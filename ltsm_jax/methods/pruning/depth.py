@@ -13,7 +13,7 @@ import numpy as np
 
 from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.layers import taps
-from ltsm_jax.layers.experts import rows_over
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import shorter, stacks
 from ltsm_jax.sharding import Placement
@@ -81,8 +81,8 @@ def _sums(
     """
     layers = _layers(model, params)
     batch = split.rows(windows.gather(numbers))
-    with rows_over(split.mesh), taps.calls_of(layers) as seen:
-        task.loss(model)(params, batch, None, False)
+    with taps.calls_of(layers) as seen:
+        Runtime(placement=split).call(task.loss(model), params, batch, None, False)
 
     found = {}
     for layer, calls in seen.items():

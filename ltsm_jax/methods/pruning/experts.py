@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax import sharding, trees
-from ltsm_jax.layers.experts import rows_over
+from ltsm_jax.layers.runtime import Runtime
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import place_of
 from ltsm_jax.sharding import Placement
@@ -67,9 +67,9 @@ def _routed(
     placement: Placement,
 ) -> dict[str, jax.Array]:
     """By path, [B, E + 1]: how many tokens chose each expert, and how many there are."""
-    with rows_over(placement.mesh):
-        context = placement.rows(windows.gather(indices)["context"])
-        chosen, n_experts = model.routed(params, context, horizon)
+    context = placement.rows(windows.gather(indices)["context"])
+    runtime = Runtime(placement=placement)
+    chosen, n_experts = runtime.call(model.routed, params, context, horizon)
     found = {}
     for path, chosen_BNK in chosen.items():
         count_BE = jax.nn.one_hot(chosen_BNK, n_experts).sum((1, 2))
