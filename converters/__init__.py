@@ -45,10 +45,11 @@ from converters import originals, tables
 from converters.fields import uneven_layers
 from converters.layout import Layout
 from converters.originals import Original, converter, read_config_json, read_yaml
-from converters.pickles import CheckpointError, Placeholder, shortened
+from converters.pickles import Placeholder
 from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import hub, storage, trees
 from ltsm_jax.models import Model, folders, parts
+from ltsm_jax.original_files import CheckpointError, shortened
 
 __all__ = ["CheckpointError", "converter", "export_checkpoint", "import_checkpoint", "inspect"]
 

@@ -10,9 +10,10 @@ from typing import Any
 from converters.fields import MAX_LAYERS, Fields, are_levels, dims, layer_count
 from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
-from converters.pickles import CheckpointError, quoted
+from converters.pickles import quoted
 from converters.tables import DROP, SAME, TRANSPOSE, Rule, split_in, split_out
 from ltsm_jax.models.chronos_2 import PRESETS, Chronos2, Chronos2Config
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = Chronos2
 ANCHOR = "input_patch_embedding.hidden_layer.weight"

@@ -15,10 +15,11 @@ import numpy as np
 
 from converters.fields import Fields, dims, layer_count
 from converters.layout import Layout
-from converters.pickles import CheckpointError, quoted
+from converters.pickles import quoted
 from converters.t5_stack import layer_of_encoder, stack_fields, stack_rules
 from converters.tables import BUFFER, SAME, TRANSPOSE, Rule, Transform
 from ltsm_jax.models.moment import HEAD_FIELDS, PRESETS, Moment, MomentConfig
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = Moment
 EMBED, MASK = "patch_embedding.value_embedding.weight", "patch_embedding.mask_embedding"

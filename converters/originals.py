@@ -12,10 +12,11 @@ import yaml
 
 from converters import tables, wrappers
 from converters.layout import Layout
-from converters.pickles import CheckpointError, Placeholder, quoted, shortened
+from converters.pickles import Placeholder, quoted
 from converters.torch_files import read_safetensors, read_torch
 from ltsm_jax import hub
 from ltsm_jax.models import FAMILIES, folders
+from ltsm_jax.original_files import CheckpointError, shortened
 
 MAX_JSON = 4 << 20  # bytes; the index of 2,600 tensors has 0.3 MB
 MAX_YAML = 32 << 10  # bytes; a config has some 3 KB

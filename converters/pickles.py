@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from ltsm_jax.original_files import CheckpointError, shortened
+
 MAX_PICKLE_BYTES = 64 << 20  # the pickle of a 1000-tensor checkpoint has about 0.2 MB
 MAX_PICKLE_STEPS = 1_000_000  # the same pickle has about 40,000 opcodes
 MAX_PICKLE_MEMORY = 64 << 20  # beyond twice the pickle's own size; that pickle becomes about 3 MB
-MAX_MESSAGE = 1900  # characters; with what a command line puts before it, below 2,000
 
 _MAX_NAME = 300  # characters of a dotted name
 _MAX_LINE = 700  # characters of a number that is written as text
@@ -35,21 +36,6 @@ _MAX_INTEGER = 255  # bytes of an integer
 _MAX_ODD_KEYS = 1000  # dictionary keys whose hashes a file can choose
 _MAX_KEY_PARTS = 8  # elements of a tuple as a key
 _KEY_RANGE = 1 << 64
-
-
-def shortened(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Return `text`, cut to `limit` characters where it is longer."""
-    end = " ... (cut)"
-    return text if len(text) <= limit else text[: limit - len(end)] + end
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file that can't be used. The message names the file, what is wrong and what to
-    do.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(shortened(message))
 
 
 @dataclasses.dataclass

@@ -32,8 +32,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.pickles import CheckpointError, quoted, shortened
+from converters.pickles import quoted
 from ltsm_jax import trees
+from ltsm_jax.original_files import CheckpointError, shortened
 
 ALIGNED = 64  # bytes
 

@@ -18,7 +18,7 @@ import numpy as np
 from converters.fields import MAX_LAYERS
 from converters.layers import equal_layer, pruned
 from converters.layout import Layout
-from converters.pickles import CheckpointError, quoted
+from converters.pickles import quoted
 from converters.tables import (
     BUFFER,
     CONV1,
@@ -31,6 +31,7 @@ from converters.tables import (
     split_out,
 )
 from ltsm_jax.models.timer import PRESETS, TABLE_LEN, Timer, TimerConfig, sinusoids
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = Timer
 EMBED, TABLE = "patch_embedding.value_embedding.weight", "patch_embedding.position_embedding.pe"

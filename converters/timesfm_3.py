@@ -9,9 +9,9 @@ from typing import Any
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
-from converters.pickles import CheckpointError
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from ltsm_jax.models.timesfm_3 import OPTIONS, PRESETS, TimesFM3, TimesFM3Config
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = TimesFM3
 SUFFIXES = {".safetensors": "safetensors", ".bin": "state_dict", ".pth": "state_dict"}

@@ -28,15 +28,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.pickles import (
-    MAX_PICKLE_BYTES,
-    Budget,
-    CheckpointError,
-    Placeholder,
-    quoted,
-    run_pickle,
-)
+from converters.pickles import MAX_PICKLE_BYTES, Budget, Placeholder, quoted, run_pickle
 from ltsm_jax import storage
+from ltsm_jax.original_files import CheckpointError
 
 # All tensors of a file together may have four times its bytes, for tensors that stand under several
 # names, and this much more, for small ones that are expanded.

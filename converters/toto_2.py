@@ -12,9 +12,9 @@ from typing import Any
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
-from converters.pickles import CheckpointError
 from converters.tables import SAME, TRANSPOSE, Rule, cut_into, split_bias, split_in, split_out
 from ltsm_jax.models.toto_2 import LEVELS, PRESETS, Kind, Toto2, Toto2Config, kinds_of
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = Toto2
 SUFFIXES = {".safetensors": "safetensors"}

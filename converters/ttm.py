@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from converters.layout import Layout
-from converters.pickles import CheckpointError, quoted
+from converters.pickles import quoted
 from converters.tables import (
     BUFFER,
     CONV1,
@@ -27,6 +27,7 @@ from converters.tables import (
     split_out,
 )
 from ltsm_jax.models.ttm import TTM, QuantileConfig, TTMConfig, factors, scales, tokens_in_front
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = TTM
 ANCHOR = "backbone.encoder.patcher.weight"

@@ -10,10 +10,11 @@ from typing import Any
 
 from converters import ttm
 from converters.layout import Layout
-from converters.pickles import CheckpointError, quoted
+from converters.pickles import quoted
 from converters.tables import Rule, Transform, problem_list
 from ltsm_jax.models.ttm import TTMConfig
 from ltsm_jax.models.ttm_r3 import TTMR3, TTMR3Config
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = TTMR3
 HINTS = ttm.HINTS

@@ -17,9 +17,10 @@ import numpy as np
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
-from converters.pickles import CheckpointError, quoted
+from converters.pickles import quoted
 from converters.tables import BUFFER, DROP, SAME, TRANSPOSE, Rule, Transform, split_in
 from ltsm_jax.models.units import Units, UnitsConfig, UnitsLayer, UnitsTask
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = Units
 SUFFIXES = {".pth": "state_dict"}

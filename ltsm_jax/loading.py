@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-# The package, and not names from it: whoever imports `converters` first reaches this line through
-# `ltsm_jax/__init__` before the package has any names.
-import converters
 from ltsm_jax import hosts, hub, storage, trees
 from ltsm_jax.models import Model, folders, near_presets
+from ltsm_jax.original_files import CheckpointError, find_converters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,8 +58,8 @@ def load(
         are not asked about; that their weights are non-commercial is said on stderr.
     Raises: FileNotFoundError that lists what was tried; PermissionError where the hub wants a
       token; `hub.LicenceError` (a PermissionError) for a licence that is not accepted, before
-      anything is fetched; ValueError (or `storage.DamagedError`, or the converters'
-      CheckpointError) for files that are damaged or do not fit the model.
+      anything is fetched; ValueError (or `storage.DamagedError`, or
+      `original_files.CheckpointError`) for files that are damaged or do not fit the model.
     """
     found = load_whole(source, revision=revision, token=token, accept_license=accept_license)
     return found.model, found.params
@@ -123,7 +121,7 @@ def export(found: Loaded, path: str | Path, *, overwrite: bool = False) -> list[
             provenance=found.provenance,
             buffers=found.buffers,
         )
-        return converters.export_checkpoint(folder, path, overwrite=overwrite)
+        return find_converters().export_checkpoint(folder, path, overwrite=overwrite)
 
 
 def _converted(
@@ -131,11 +129,11 @@ def _converted(
 ) -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
     """Convert an original file in memory; `of` says where it came from, for an error."""
     try:
-        found = converters.import_checkpoint(path)
-    except converters.CheckpointError as error:
+        found = find_converters().import_checkpoint(path)
+    except CheckpointError as error:
         if not of:
             raise
-        raise converters.CheckpointError(f"{error}\n  ({of})") from None
+        raise CheckpointError(f"{error}\n  ({of})") from None
     for note in found[2]["assumed"]:  # a forecast may be wrong by it
         hub.print_note(f"{path.name}: {note}")
     return found

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
+import converters
 import ltsm_jax
+from ltsm_jax import original_files
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ltsm_jax", "converters", "experiments")
@@ -23,6 +25,7 @@ GROUND = (
     "ltsm_jax.frequency",
     "ltsm_jax.hosts",
     "ltsm_jax.hub",
+    "ltsm_jax.original_files",
     "ltsm_jax.sharding",
     "ltsm_jax.stacks",
     "ltsm_jax.storage",
@@ -61,9 +64,8 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # files.
 MAY_USE = {
     "converters": (*GROUND, "ltsm_jax.models", "converters"),
-    "ltsm_jax.loading": (*GROUND, "ltsm_jax.models", "converters"),
+    "ltsm_jax.loading": (*GROUND, "ltsm_jax.models"),
 }
-USERS_OF_CONVERTERS = ("converters", "ltsm_jax.loading", "ltsm_jax.cli", "experiments")
 
 
 @functools.cache
@@ -149,11 +151,16 @@ def test_converters_and_loading_know_models_and_the_ground_only():
     assert not offences(elsewhere)
 
 
-def test_only_those_who_load_by_name_know_the_converters():
-    def inwards(importer, imported):
-        return part_of(imported) == "converters" and part_of(importer) not in USERS_OF_CONVERTERS
+def test_the_library_imports_no_converter():
+    """They are built on it. It finds them as an installed package, see `original_files`."""
 
-    assert not offences(inwards)
+    def upwards(importer, imported):
+        return part_of(imported) == "converters" and importer.split(".")[0] == "ltsm_jax"
+
+    assert not offences(upwards)
+    groups = project()["entry-points"]
+    assert groups == {original_files.GROUP: {"converters": "converters"}}
+    assert original_files.find_converters() is converters
 
 
 def test_the_library_knows_no_experiment():
@@ -224,12 +231,14 @@ def test_no_function_imports_our_own_packages():
 
 
 @pytest.mark.slow
-def test_the_converters_may_be_imported_first():
-    """They import `ltsm_jax`, whose list of names leads back to them."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import converters"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_library_runs_without_the_converters():
+    """They may be imported first, or never."""
+    code = "import sys, ltsm_jax.cli; assert 'converters' not in sys.modules; import converters"
+    for program in ("import converters", code):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_only_models_and_layers_know_flax():

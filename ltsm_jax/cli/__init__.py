@@ -34,7 +34,6 @@ from typing import Annotated, Any
 
 import tyro
 
-import converters
 from ltsm_jax import flags, hosts, storage, terminal
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.detection import Detect
@@ -45,6 +44,7 @@ from ltsm_jax.cli.surfaces import Landscape
 from ltsm_jax.cli.tables import Compare, Evaluate, ForecastCommand, Prune
 from ltsm_jax.cli.tuning import Fit
 from ltsm_jax.data import DataError
+from ltsm_jax.original_files import CheckpointError
 
 EXIT_FAULT = 1
 EXIT_USAGE = 2
@@ -138,5 +138,5 @@ def _parse_all(words: list[str]) -> Any:
 
 
 def _code_of(error: Exception) -> int:
-    of_data = isinstance(error, DataError | storage.DamagedError | converters.CheckpointError)
+    of_data = isinstance(error, DataError | storage.DamagedError | CheckpointError)
     return EXIT_DATA if of_data else EXIT_USAGE

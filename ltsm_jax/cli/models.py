@@ -10,12 +10,12 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-import converters
 from ltsm_jax import capsule, doctor, flags, hosts, hub, trees
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.options import Command, Licence, quantile_levels
 from ltsm_jax.forecaster import LEVELS, Forecaster
 from ltsm_jax.models import FAMILIES, Model, folders, near_presets
+from ltsm_jax.original_files import CheckpointError, find_converters
 from ltsm_jax.training.memory import size_in_words
 
 PARAMETERS = Path(__file__).with_name(
@@ -73,7 +73,7 @@ def _named(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        raise converters.CheckpointError(
+        raise CheckpointError(
             f"{source}: can't be read ({type(error).__name__}: {said})"
         ) from error
 
@@ -156,7 +156,7 @@ def describe_source(source: str, accept_license: bool) -> dict[str, Any]:
             f"no model {source!r} on this machine, and no name of the hub (owner/name){guess}"
         )
     with _named(source):
-        found = converters.inspect(source, accept_license=accept_license)
+        found = find_converters().inspect(source, accept_license=accept_license)
     model = FAMILIES[found["family"]](FAMILIES[found["family"]].config_from_dict(found["config"]))
     return _facts(model) | found
 
@@ -201,7 +201,7 @@ class Convert(Command):
     def run(self) -> int:
         """Convert, and say what came out."""
         with _named(self.source):
-            model, params, provenance, _ = converters.import_checkpoint(
+            model, params, provenance, _ = find_converters().import_checkpoint(
                 self.source,
                 self.folder,
                 config=self.config,
