@@ -358,6 +358,7 @@ def trace_step(
     placement = Placement.of(params)
     mesh = placement.mesh
     given = jax.tree.leaves(params)[0].sharding
+    # Of the devices that the parameters are laid on, which need not be this machine's.
     platform = None if given is None else next(iter(given.device_set)).platform
     if mesh is None:
         whole = given
