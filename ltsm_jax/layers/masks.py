@@ -9,7 +9,7 @@ D]}}. The values are 0 or 1, or whatever one wants the gradient at.
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,12 @@ from ltsm_jax.trees import Tree, flatten, unflatten
 
 
 def module_path(module: nn.Module) -> str:
-    """The path of a module's parameters in the whole tree, "layer_0/attn/out".
+    """The path of a module's parameters in the whole tree, "layer_0/attn/out"."""
+    return "/".join(_path(module))
+
+
+def _path(module: nn.Module) -> tuple[str, ...]:
+    """The names of `module_path`, none for a linear that is the whole network.
 
     A network that is applied to one branch of the parameters is made with the name of the branch,
     `FlowNet(cfg, name="flow")`. Flax leaves that out of `path`, as it does all names of networks.
@@ -35,7 +40,7 @@ def module_path(module: nn.Module) -> str:
     while isinstance(network.parent, nn.Module):
         network = network.parent
     branch = () if network.name is None else (network.name,)
-    return "/".join((*branch, *module.path))
+    return *branch, *module.path
 
 
 @contextlib.contextmanager
@@ -53,7 +58,7 @@ def masked(masks: Tree):
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, Linear | Experts):
             return function(*args, **go_whole(context, kwargs))
-        own = _at(masks, module_path(module).split("/"))
+        own = _at(masks, _path(module))
         if own is None:
             return function(*args, **kwargs)
         if isinstance(module, Experts):
@@ -226,7 +231,7 @@ def _merge(params: Tree, masks: Tree) -> Tree:
     return unflatten(flat)
 
 
-def _at(tree: Tree, path: Sequence[str]) -> Tree | None:
+def _at(tree: Tree, path: tuple[str, ...]) -> Tree | None:
     for name in path:
         if not isinstance(tree, dict) or name not in tree:
             return None
