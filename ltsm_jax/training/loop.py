@@ -567,7 +567,11 @@ class Fitting:
         self.pace.learn(count, time.monotonic() - began)
         windows_seen = sum(map(self.rows_of, range(place, place + count)))
         self.bar.update(
-            position.step, epoch + 1, windows_seen, float(losses[count - 1]), self.best_so_far()
+            position.step,
+            epoch + 1,
+            windows_seen,
+            loss=float(losses[count - 1]),
+            note=self.best_so_far(),
         )
 
     def account(self, epoch: int, place: int, losses: np.ndarray) -> list[dict[str, Any]]:
@@ -605,7 +609,9 @@ class Fitting:
         row = self.position.history[-1]
         if self.run:
             self.run.record([row])
-        self.bar.update(self.position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
+        self.bar.update(
+            self.position.step, epoch + 1, 0, loss=row["train_loss"], note=self.best_so_far()
+        )
 
     def judge(
         self, epoch: int, found: Mapping[str, Any] | None, watched: Mapping[str, Any] | None = None
@@ -696,7 +702,7 @@ class Fitting:
             self.state["params"],
             self.frozen,
             placed,
-            key,
+            key=key,
             loss_fn=self.loss_fn,
             penalty=self.penalty,
             how=self.how,
