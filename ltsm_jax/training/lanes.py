@@ -216,9 +216,9 @@ def _alone(state, fixed, turn, common, *, batch_size, rule, how, runtime):
     """Take the steps of one lane with the program of a separate run."""
     count = jnp.where(state["alive"], common["count"], 0)
     moving, opt_state, _, losses, done = step.advance(
-        state["params"],
-        state["optimizer"],
-        None,
+        moving=state["params"],
+        opt_state=state["optimizer"],
+        average=None,
         frozen=fixed["frozen"],
         source=common["source"],
         order=turn["order"],

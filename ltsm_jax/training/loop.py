@@ -513,37 +513,32 @@ class Fitting:
         """Take `count` steps from batch `place` of the epoch. Returns: losses, and how many steps
         were finite.
         """
-        given, how = self._of_step(place, count)
-        self.state["params"], self.state["optimizer"], average, losses, done = step.advance(
-            *given, **how
-        )
+        taken = step.advance(**self._of_step(place, count))
+        self.state["params"], self.state["optimizer"], average, losses, done = taken
         if average is not None:
             self.state["average"] = average
         return np.asarray(losses), int(done)
 
     def trace(self) -> jax.stages.Traced:
         """Trace the program of `advance`."""
-        given, how = self._of_step(0, 1)
-        return step.advance.trace(*given, **how)
+        return step.advance.trace(**self._of_step(0, 1))
 
-    def _of_step(self, place: int, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _of_step(self, place: int, count: int) -> dict[str, Any]:
         """Arguments of `step.advance`."""
-        given = (
-            self.state["params"],
-            self.state["optimizer"],
-            self.state["average"] if self.how.ema else None,
-            self.frozen,
-            self.placed,
-            self.order,
-            self.lr,
-            self.keys["dropout"],
-            self.loss_fn,
-            self.penalty,
-            np.int32(place),
-            np.int32(count),
-            np.int32(self.position.step),
-        )
-        return given, {
+        return {
+            "moving": self.state["params"],
+            "opt_state": self.state["optimizer"],
+            "average": self.state["average"] if self.how.ema else None,
+            "frozen": self.frozen,
+            "source": self.placed,
+            "order": self.order,
+            "rates": self.lr,
+            "key": self.keys["dropout"],
+            "loss_fn": self.loss_fn,
+            "penalty": self.penalty,
+            "place": np.int32(place),
+            "count": np.int32(count),
+            "step": np.int32(self.position.step),
             "batch_size": self.batch_size,
             "rule": self.rule,
             "how": self.how,

@@ -386,9 +386,9 @@ def trace_step(
     order = jax.ShapeDtypeStruct((n,), jnp.int32)
     key = jax.eval_shape(keys, 0)["dropout"]
     return advance.trace(
-        moving,
-        shapes(opt_state, placed and placed["optimizer"]),
-        state.get("average"),
+        moving=moving,
+        opt_state=shapes(opt_state, placed and placed["optimizer"]),
+        average=state.get("average"),
         frozen=frozen,
         source=shapes(train_source),
         order=shapes(order),
