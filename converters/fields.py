@@ -54,7 +54,9 @@ class Fields:
         if value is _NOTHING or (value is default and name not in self.published):
             return low if value is _NOTHING else value
         if not _whole(value) or not low <= value <= high:
-            return self._wrong(name, default, low, f"not an integer from {low} to {high}", value)
+            return self._wrong(
+                name, default, low, what=f"not an integer from {low} to {high}", value=value
+            )
         if weights is not None and value != weights:
             self.problems.append(f"{name}: the config says {value}, the weights {weights}")
         return value
@@ -78,8 +80,8 @@ class Fields:
                 name,
                 default,
                 (low,),
-                f"not a list of 1 to {most} integers from {low} to {high}",
-                value,
+                what=f"not a list of 1 to {most} integers from {low} to {high}",
+                value=value,
             )
         return tuple(value)
 
@@ -92,7 +94,9 @@ class Fields:
             return low if value is _NOTHING else value
         real = isinstance(value, int | float) and not isinstance(value, bool)
         if not real or not low <= value <= high:
-            return self._wrong(name, default, low, f"not a number from {low:g} to {high:g}", value)
+            return self._wrong(
+                name, default, low, what=f"not a number from {low:g} to {high:g}", value=value
+            )
         return value
 
     def boolean(self, name: str, default: Any = _NOTHING) -> Any:
@@ -100,14 +104,16 @@ class Fields:
         value = self._told(name, default)
         if value is _NOTHING or isinstance(value, bool):
             return False if value is _NOTHING else value
-        return self._wrong(name, default, False, "not true or false", value)
+        return self._wrong(name, default, False, what="not true or false", value=value)
 
     def choice(self, name: str, options: Sequence[str], default: Any = _NOTHING) -> Any:
         """One of some names."""
         value = self._told(name, default)
         if value is _NOTHING or (isinstance(value, str) and value in options):
             return options[0] if value is _NOTHING else value
-        return self._wrong(name, default, options[0], f"not one of {', '.join(options)}", value)
+        return self._wrong(
+            name, default, options[0], what=f"not one of {', '.join(options)}", value=value
+        )
 
     def build(self, make: Callable[[], T]) -> T:
         """Call `make`, once no field is wrong.

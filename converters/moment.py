@@ -236,7 +236,7 @@ def published(config: MomentConfig) -> dict[str, Any]:
         theirs: getattr(config, ours) or 1
         for theirs, ours in HEAD_FIELDS.get(config.head, {}).items()
     }
-    usual = MomentConfig.of(1, 2, 1, 1, 1)
+    usual = MomentConfig.of(layers=1, d_model=2, d_ff=1, heads=1, head_dim=1)
     fields |= {
         name: getattr(config, name)
         for name in ("patch_dropout", "head_dropout")

@@ -439,7 +439,7 @@ class _Reading:
             self.written |= dict.fromkeys(paths, key)
             return
         for part, (path, piece) in enumerate(zip(paths, pieces, strict=True)):
-            self._write(path, piece, transform.of_part(part), key, usable=not trouble)
+            self._write(path, piece, transform.of_part(part), key=key, usable=not trouble)
         forget(value)  # what was made of it is a copy
 
     def _rule_of(self, key: str, absent: Sequence[str]):

@@ -188,8 +188,8 @@ def _assumed(sizes: Mapping[str, int], where: str) -> tuple[TimerConfig, list[st
             patch_len,
             d_model,
             d_ff,
-            layers,
-            DEFAULT_HEADS,
+            layers=layers,
+            heads=DEFAULT_HEADS,
             context_len=7 * patch_len,
             horizon=patch_len,
         )

@@ -265,7 +265,7 @@ def _assumed(
     ] + tasks
     try:
         rest = {"patch_len": patch_len, "prompt_len": prompt_len}
-        return UnitsConfig.of(d_model, HEADS, layers, tuple(tasks), **rest), notes
+        return UnitsConfig.of(d_model, HEADS, layers, tasks=tuple(tasks), **rest), notes
     except ValueError as e:
         raise CheckpointError(
             f"{where}: the config can't be told from the weights: {str(e)[:500]}"

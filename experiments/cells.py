@@ -486,13 +486,13 @@ def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.RunRes
     rest: `model` and `params` in place of the comparison's, and what else `methods.run.run` takes.
     """
     model, params, settings = _settings(c, cell, rest)
-    return run.run(model, params, chosen, c.splits, test=False, **settings)
+    return run.run(model, params, chosen, data=c.splits, test=False, **settings)
 
 
 def begin(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Running:
     """Begin the run that `tune` runs, for it to take its steps together with others."""
     model, params, settings = _settings(c, cell, rest)
-    return run.Running(model, params, chosen, c.splits, **settings)
+    return run.Running(model, params, chosen, data=c.splits, **settings)
 
 
 def _settings(c: Comparison, cell: Cell, rest: dict[str, Any]) -> tuple[Model, Any, dict[str, Any]]:

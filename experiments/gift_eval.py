@@ -178,7 +178,7 @@ def evaluate(forecaster: Forecaster, panel: Panel, horizon: int, seed: int = 0) 
     if unsaid:
         first = origins.ends.reshape(panel.n_items, -1)[:, 0]
         forecaster = forecaster.calibrated(panel.until(first), horizon)
-    found = forecaster.after(panel, origins, horizon, LEVELS, seed=seed)
+    found = forecaster.after(panel, origins, horizon, levels=LEVELS, seed=seed)
     rows = origins.ends[:, None] + np.arange(horizon)
     true = panel.values[:, rows].swapaxes(0, 1)  # [M, C, H]
     season = gift_season(panel.freq)

@@ -321,7 +321,9 @@ def score(
         test, val = result.test, result.val
         places = ((np.arange(EXAMPLES) + 0.5) * one.splits.test.n / EXAMPLES).astype(np.int32)
         tuned_params, windows = result.params, one.splits.test
-        shown = imputation.examples(one.model, tuned_params, windows, places, **task.options)
+        shown = imputation.examples(
+            one.model, tuned_params, windows, indices=places, **task.options
+        )
         names = ("truth", "visible", "filled")
         arrays[FILLS] = {name: array[:, 0] for name, array in zip(names, shown, strict=True)}
         more = {

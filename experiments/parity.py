@@ -227,7 +227,7 @@ def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
         for i in range(steps):
             indices = np.arange(i * BATCH, min((i + 1) * BATCH, splits.train.n), dtype=np.int32)
             params, state, value = step(
-                params, state, indices, np.float32(rates[epoch * steps + i])
+                params, state, indices, rate=np.float32(rates[epoch * steps + i])
             )
             losses.append(float(value))
         where = f"epoch {epoch + 1}"

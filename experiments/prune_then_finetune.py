@@ -606,7 +606,13 @@ class Work:
                     path: np.asarray(f_E).tolist() for path, f_E in found.usage.items()
                 }
         cells.keep(
-            c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more
+            c,
+            cell,
+            (small, small_params),
+            row=row,
+            result=result,
+            shown=(found.model, result.params),
+            **more,
         )
         return row
 

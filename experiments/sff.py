@@ -248,7 +248,7 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
         [{"weight": w} | scores for w, scores in result.mixes.items()],
     )
     more = {"start_curvature": result.start_curvature, "mixes": mixes}
-    cells.keep(c, cell, final, row, result, start_mse=start, **more)
+    cells.keep(c, cell, final, row=row, result=result, start_mse=start, **more)
     return row
 
 

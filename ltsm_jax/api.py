@@ -433,7 +433,7 @@ def _tune(
             bound.model,
             bound.params,
             method,
-            bound.splits,
+            data=bound.splits,
             task=bound.task,
             masks=masks,
             test=False,
@@ -488,12 +488,12 @@ def _fit_task(
     series = as_series(data, options)
     model, params = ready_for(model, params, series, seed=how.seed)
     made = ready(kind, model, series, few_shot=few_shot)
-    zero_shot = made.task.evaluate(model, params, made.data, "val")
+    zero_shot = made.task.evaluate(model, params, made.data, part="val")
     result = run(
         model,
         params,
         chosen,
-        made.data,
+        data=made.data,
         task=made.task,
         test=False,
         **how.run(),
@@ -660,7 +660,7 @@ def forecast(
     context_CL = _context(series, model.context_len)
     mean_C1, std_C1 = context_scale(context_CL)
     scaled_1CL = ((context_CL - mean_C1) / std_C1)[None].astype(np.float32)
-    found = _predict(model, params, scaled_1CL, horizon)
+    found = _predict(model, params, scaled_1CL, horizon=horizon)
     if not bool(np.isfinite(np.asarray(found.point)).all()):
         _refuse_bad_weights(params)
         raise ValueError(f"{series.name}: the forecast is not finite although data and weights are")

@@ -291,7 +291,7 @@ class _Problem:
             raise ValueError("no parameter takes part: none is a float")
         if jax.tree_util.all_leaves([loss]):
             loss = jax.tree_util.Partial(loss)
-        return cls(jax.tree_util.Partial(_with_rest, loss, rest), moving, rest, mask)
+        return cls(jax.tree_util.Partial(_with_rest, loss, rest), moving, rest, mask=mask)
 
     @property
     def size(self) -> int:

@@ -434,7 +434,9 @@ class Forecaster:
             "name": name,
         }
         panel = self.read(df, **options)
-        found, notes = self._forecast(panel, horizon, levels, seed, show_progress)
+        found, notes = self._forecast(
+            panel, horizon, levels, seed=seed, show_progress=show_progress
+        )
         return _table(panel, found, levels, notes=(*panel.notes, *notes))
 
     def estimate(
@@ -452,9 +454,15 @@ class Forecaster:
         """
         by = self._forecasts_with(panel)
         own, rest = by.split(panel, horizon, _checked_levels(quantile_levels))
-        every, _ = self._origins(by, panel, horizon, rest)
+        every, _ = self._origins(by, panel, horizon, rest=rest)
         return self._estimate(
-            by, panel, every, horizon, own, measured=bool(rest), work_follows=work_follows
+            by,
+            panel,
+            every,
+            horizon=horizon,
+            levels=own,
+            measured=bool(rest),
+            work_follows=work_follows,
         )
 
     def estimate_fit(
@@ -470,7 +478,13 @@ class Forecaster:
         origins = _held_out(splits, WINDOWS, seed)
         horizon = splits.test.horizon
         intervals = self._estimate(
-            by, splits.panel, origins, horizon, (), measured=True, work_follows=work_follows
+            by,
+            splits.panel,
+            origins,
+            horizon=horizon,
+            levels=(),
+            measured=True,
+            work_follows=work_follows,
         )
         return (
             estimates.of_comparison(prepared, work, seed=seed, work_follows=work_follows)
@@ -571,11 +585,18 @@ class Forecaster:
         """Forecast after the end of every item; quantiles at all `levels`."""
         by = self._forecasts_with(panel)
         own, rest = by.split(panel, horizon, levels)
-        every, before = self._origins(by, panel, horizon, rest)
+        every, before = self._origins(by, panel, horizon, rest=rest)
         calibration = self._calibration_of(panel, horizon)
         with progress.Counter("forecast", "contexts", show_progress) as told:
             found = self._from(
-                by, panel, every, horizon, own, measured=bool(rest), seed=seed, told=told
+                by,
+                panel,
+                every,
+                horizon=horizon,
+                levels=own,
+                measured=bool(rest),
+                seed=seed,
+                told=told,
             )
         past, found = found.take(slice(panel.n_items, None)), found.take(slice(panel.n_items))
         notes = [
@@ -587,9 +608,9 @@ class Forecaster:
             # Where nothing has ever moved there is no error to measure, and none to expect.
             if calibration is None and found.unit.any():
                 try:
-                    calibration = Calibration.measured(panel, before, past, "of the history")
+                    calibration = Calibration.measured(panel, before, past, source="of the history")
                 except ValueError as err:
-                    raise self._unmeasured(panel, horizon, rest, str(err)) from None
+                    raise self._unmeasured(panel, horizon, rest, problem=str(err)) from None
             if calibration is not None:
                 notes.append(calibration.describe(rest))
             if still := int((found.unit == 0).sum()):
@@ -646,7 +667,9 @@ class Forecaster:
                 "calibrate the forecaster on rows before the origins, "
                 f"forecaster.calibrated(panel, {horizon})"
             )
-        found = self._from(by, panel, origins, horizon, own, measured=bool(rest), seed=seed)
+        found = self._from(
+            by, panel, origins, horizon=horizon, levels=own, measured=bool(rest), seed=seed
+        )
         return _with_quantiles(found, rest, calibration)
 
     def calibrated(
@@ -674,9 +697,9 @@ class Forecaster:
             )
         if not len(origins.items):
             raise ValueError("no item is long enough")
-        found = self._from(by, panel, origins, horizon, (), measured=True, seed=seed)
+        found = self._from(by, panel, origins, horizon=horizon, levels=(), measured=True, seed=seed)
         return dataclasses.replace(
-            self, calibration=Calibration.measured(panel, origins, found, source)
+            self, calibration=Calibration.measured(panel, origins, found, source=source)
         )
 
     def _from(

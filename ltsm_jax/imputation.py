@@ -414,7 +414,7 @@ def _reconstruct(
     windows: np.ndarray,
     indices: Any,
 ) -> jax.Array:
-    return _guess(model, params, anchor, jnp.asarray(windows[np.asarray(indices)]))
+    return _guess(model, params, anchor, x_BCT=jnp.asarray(windows[np.asarray(indices)]))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "anchor"))

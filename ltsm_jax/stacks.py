@@ -57,13 +57,13 @@ class TreeStack:
                 own.append(join(leaves))
             else:
                 shared.append(leaves[0])
-        return cls(own, shared, tuple(which), structure)
+        return cls(own, shared, tuple(which), structure=structure)
 
     @classmethod
     def whole(cls, tree: Tree) -> "TreeStack":
         """Make a stack of a tree whose leaves have the axis of the lanes already."""
         leaves, structure = jax.tree.flatten(tree)
-        return cls(leaves, [], (True,) * len(leaves), structure)
+        return cls(leaves, [], (True,) * len(leaves), structure=structure)
 
     def merge(self, other: "TreeStack") -> "TreeStack":
         """Merge the two parts of `trees.partition`, lane by lane."""

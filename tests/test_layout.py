@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -478,6 +479,88 @@ def test_a_public_name_means_one_thing():
 
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+# Of arrays, whose names carry their axes, in the order of the formula.
+BY_POSITION = ("ltsm_jax.models", "ltsm_jax.layers")
+# Methods of a compiled function that take its arguments.
+STAGES = ("trace", "lower", "eval_shape")
+
+
+@functools.cache
+def ours() -> frozenset[str]:
+    """Names of our functions and classes, but for those that take any number of arguments."""
+    plain, open_ended = set(), set()
+    for path in sources():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, FUNCTIONS):
+                (open_ended if node.args.vararg else plain).add(node.name)
+            elif isinstance(node, ast.ClassDef):
+                plain.add(node.name)
+    return frozenset(plain - open_ended)
+
+
+def by_position(tree: ast.AST, names: Collection[str]) -> list[tuple[int, str]]:
+    """Line and name of calls of our functions with more than three arguments by position.
+
+    A bare name that is neither defined nor imported in the file is that of a variable, such as a
+    loss that somebody brought, or what `jax.shard_map` made.
+    """
+    known = {"cls"}
+    for node in ast.walk(tree):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            known.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            known |= {alias.name for alias in node.names}
+
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or len(node.args) <= 3:
+            continue
+        function = node.func
+        if isinstance(function, ast.Attribute) and function.attr in STAGES:
+            function = function.value
+        name = ast.unparse(function).rpartition(".")[2]
+        if isinstance(function, ast.Name) and name not in known:
+            continue
+        if name == "cls" or name in names:
+            found.append((node.lineno, name))
+    return sorted(found)
+
+
+def test_calls_of_many_arguments_name_them():
+    found = []
+    for path in sources():
+        if part_of(name_of(path)) not in BY_POSITION:
+            calls = by_position(parse(path), ours())
+            found += [f"{path.relative_to(ROOT)}:{line}: {name}" for line, name in calls]
+    assert not found, "more than three arguments by position:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from ltsm_jax.a import f\nf(1, 2, 3, 4)",
+        "def f(*args): ...\nf.lower(1, 2, 3, 4)",
+        "a.b.f(*x, 2, 3, y)",
+        "cls(1, 2, 3, 4)",
+    ],
+)
+def test_calls_by_position_would_be_found(code):
+    assert len(by_position(ast.parse(code), {"f"})) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from ltsm_jax.a import f\nf(1, 2, 3, d=4)",
+        "f = jax.shard_map(g)\nf(1, 2, 3, 4)",
+        "a.f(1)(1, 2, 3, 4)",
+        "jnp.where(1, 2, 3, 4)",
+    ],
+)
+def test_calls_by_name_are_not(code):
+    assert not by_position(ast.parse(code), {"f"})
 
 
 def lengths(tree: ast.AST) -> list[tuple[str, int]]:

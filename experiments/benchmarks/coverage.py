@@ -81,7 +81,7 @@ def coverage(
     origins = Origins(np.repeat(np.arange(panel.n_items), each), np.concatenate(ends))
     levels = {(1 - share) / 2 for share in WANTED}
     levels = sorted(levels | {(1 + share) / 2 for share in WANTED})
-    found = forecaster.after(panel, origins, horizon, levels)
+    found = forecaster.after(panel, origins, horizon, levels=levels)
     true = panel.values[:, origins.ends[:, None] + np.arange(horizon)].swapaxes(0, 1)
 
     cells = []

@@ -33,7 +33,7 @@ def compiled(form):
         return mixture(x_TD, kernels, weight_TK, chosen_TK=chosen_TK, act=jax.nn.silu, form=form)
 
     def loss(x_TD, kernels, weight_TK, chosen_TK):
-        return jnp.square(forward(x_TD, kernels, weight_TK, chosen_TK)).mean()
+        return jnp.square(forward(x_TD, kernels, weight_TK, chosen_TK=chosen_TK)).mean()
 
     return {
         "forward": jax.jit(forward),

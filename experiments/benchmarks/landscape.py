@@ -65,17 +65,20 @@ def jax_sides(points: int, windows: int, rounds: int, file: Path) -> dict[str, l
 
     @jax.jit
     def every(places, params, right, up, batch):
-        return jax.lax.map(lambda place: mse(place[0], place[1], params, right, up, batch), places)
+        def at(place):
+            return mse(place[0], place[1], params, right=right, up=up, batch=batch)
+
+        return jax.lax.map(at, places)
 
     def by_loop() -> Any:
         losses = []
         for y, x in itertools.product(axis, axis):
-            losses.append(float(one(x, y, params, right, up, batch)))
+            losses.append(float(one(x, y, params, right=right, up=up, batch=batch)))
         return np.array(losses).reshape(points, points)
 
     def by_map() -> Any:
         places = np.stack([np.tile(axis, points), np.repeat(axis, points)], axis=-1)
-        return np.asarray(every(places, params, right, up, batch)).reshape(points, points)
+        return np.asarray(every(places, params, right, up=up, batch=batch)).reshape(points, points)
 
     def ours() -> Any:
         return landscape.surface(loss, params, (right, up), points=points).loss

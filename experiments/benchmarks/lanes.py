@@ -4,7 +4,7 @@ Smoothed full fine-tuning, four alphas x two seeds, of a Timer whose size is
 given; dropout on.
 
 Run:   python -m experiments.benchmarks.lanes
-       python -m experiments.benchmarks.lanes --width 256 --layers 4 --batch 64
+       python -m experiments.benchmarks.lanes --width 256 --layers 8 --batch 64
 Cost:  half a minute on 2 CPU cores; the second command three minutes.
 Gives: seconds of training and validation of eight runs one after the other, of
        eight lanes batched and mapped, and of what --lanes auto chooses, its
@@ -47,7 +47,7 @@ class Options:
     program: ClassVar[str] = "experiments.benchmarks.lanes"
     width: Annotated[int, flags.whole(8)] = 32
     """of the model; its feed-forward layers are four times as wide"""
-    layers: Annotated[int, flags.whole(1)] = 2
+    layers: Annotated[int, flags.whole(1)] = 1
     """of the model"""
     batch: Annotated[int, flags.whole(1)] = 16
     """windows per step"""
@@ -66,8 +66,8 @@ def problem(options: Options) -> tuple[Timer, Any, Splits]:
         24,
         width,
         4 * width,
-        max(width // 32, 1),
-        options.layers,
+        layers=options.layers,
+        heads=max(width // 32, 1),
         context_len=168,
         horizon=24,
         dropout=0.1,

@@ -161,9 +161,9 @@ def jax_side(family: str, kind: str, place: Path) -> None:
     given = np.load(place / "in.npz")
     params, context, target = jax.device_put((params, given["context"], given["target"]))
     if kind == "train":
-        found, call = training(model, params, context, target)
+        found, call = training(model, params, context, target=target)
     else:
-        call = forecasting(model, params, context, target.shape[-1])
+        call = forecasting(model, params, context, horizon=target.shape[-1])
         found = call()
     np.save(place / f"jax_{kind}.npy", found)
     torch_newest.serve(call)
@@ -253,7 +253,7 @@ def race(family: str, kind: str, peer: str | None, repeats: int) -> Iterator[Mea
         place = Path(folder)
         prepare(one, place, kind)
         try:
-            for name, program in programs(family, kind, place, peer).items():
+            for name, program in programs(family, kind, place, peer=peer).items():
                 sides.append(Side(name, program))
                 sides[-1].wait()
             if peer is not None:
@@ -282,7 +282,9 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
     asked = args or Options()
     for family in asked.families or RACES:
         for kind in RACES[family].kinds:
-            yield from race(family, kind, asked.peer_python if args else peer, asked.repeats)
+            yield from race(
+                family, kind, asked.peer_python if args else peer, repeats=asked.repeats
+            )
 
 
 BENCHMARK = Benchmark("newest", "ten minutes", measure, peer="newest")

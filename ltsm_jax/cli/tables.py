@@ -113,7 +113,7 @@ class ForecastCommand(OnTable):
             write_table(found, self.out)
         took = time.perf_counter() - start
         if self.output.json:
-            printing.show_json(self._facts(panel, found, [*panel.notes, *notes], took))
+            printing.show_json(self._facts(panel, found, [*panel.notes, *notes], took=took))
         elif self.out is None:
             printing.show(found.to_csv(index=False).rstrip("\n"))
         else:

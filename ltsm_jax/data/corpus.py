@@ -207,7 +207,9 @@ def _map(folder: Path) -> Pool:
     def part(name: str) -> Windows:
         values = np.load(folder / f"{facts['parts'][name]}.values.npy", mmap_mode="r")
         starts = np.load(folder / f"{name}.starts.npy")
-        return Windows(values, starts, np.zeros_like(starts), *facts["lengths"])  # pyright: ignore[reportArgumentType]
+        context_len, horizon = facts["lengths"]
+        rows = np.zeros_like(starts)
+        return Windows(values, starts, rows, context_len=context_len, horizon=horizon)  # pyright: ignore[reportArgumentType]
 
     return Pool(
         part("train"), part("val") if "val" in facts["parts"] else None, tuple(facts["notes"])

@@ -50,7 +50,7 @@ class Items:
         if (codes[1:] < codes[:-1]).any():
             order = np.argsort(codes, kind="stable")
         if clock is None:
-            return cls(starts, places_in_item(starts), order, np.zeros(n, bool))
+            return cls(starts, places_in_item(starts), order, unsorted=np.zeros(n, bool))
 
         clock = clock if order is None else clock[order]
         back = np.flatnonzero((clock[1:] < clock[:-1]) & inside(starts))
@@ -61,7 +61,7 @@ class Items:
             within = np.lexsort((clock, owner))
             clock = clock[within]
             order = within if order is None else order[within]
-        return cls(starts, clock, order, unsorted)
+        return cls(starts, clock, order, unsorted=unsorted)
 
     @property
     def n(self) -> int:

@@ -114,11 +114,11 @@ class GridLayout:
         meet = bool(((place[1:] == place[:-1]) & inside(items.starts)).any())
         ends = place[items.starts[1:] - 1]
         if n_rows == len(place) and not meet and (ends == last).all():
-            return cls(items, place, last, ids, bounds, None, False)
+            return cls(items, place, last, ids=ids, bounds=bounds, slot=None, meet=False)
         owners = items.owners
         slot = np.where(place <= last[owners], bounds[owners] + place, n_rows)
         slot = slot.astype(np.int32 if n_rows < 2**31 else np.int64)
-        return cls(items, place, last, ids, bounds, slot, meet)
+        return cls(items, place, last, ids=ids, bounds=bounds, slot=slot, meet=meet)
 
     def behind(self) -> Ahead:
         """The sorted rows behind the last target of their items."""
@@ -272,7 +272,7 @@ class GridReader(TableReader):
         first = items.clock[items.starts[:-1]]
         exact = (items.clock - np.repeat(first, items.counts)) / common
         place = np.rint(exact).astype(np.int64)
-        self.check_places(items, place, place != exact, ids, steps)
+        self.check_places(items, place, place != exact, ids=ids, steps=steps)
         return Grids(place, numbered=(first, common))
 
     def stamped_grids(self, items: Items, times: Times, ids: np.ndarray) -> tuple[Items, Grids]:
@@ -285,10 +285,10 @@ class GridReader(TableReader):
                 self.problems.append("time: no step of time to be found in the stamps; give freq=")
             return items, Grids(places_in_item(items.starts), first, zone)
 
-        place, off = self.places(items, stamps, first, steps)
+        place, off = self.places(items, stamps, first, steps=steps)
         if self.irregular == "regularise" and off.any():
-            self.move_to_grids(items, stamps, place, first, off)
-        self.check_places(items, place, off, ids, steps)
+            self.move_to_grids(items, stamps, place, first=first, off=off)
+        self.check_places(items, place, off, ids=ids, steps=steps)
         return items, Grids(place=place, first=first, zone=zone, rules=self.rules_of(items, stamps))
 
     def counted(self, items: Items, times: Times) -> tuple[Items, Steps, str | None]:
@@ -380,11 +380,11 @@ class GridReader(TableReader):
         met = (place[1:] == place[:-1]) & inside(items.starts)
         twice = met & (items.clock[1:] == items.clock[:-1])
         if self.irregular == "error":
-            self.check_steps(items, place, off, ids, steps)
+            self.check_steps(items, place, off, ids=ids, steps=steps)
             if twice.any():
-                self.problems.append(self.meeting(items, twice, ids, "the stamp"))
+                self.problems.append(self.meeting(items, twice, ids, what="the stamp"))
             elif met.any():
-                self.problems.append(self.meeting(items, met, ids, f"the step ({self.freq})"))
+                self.problems.append(self.meeting(items, met, ids, what=f"the step ({self.freq})"))
         elif met.any():
             self.notes.append(f"{int(met.sum())} rows averaged with another at the same stamp")
         lengths = place[items.starts[1:] - 1] + 1

@@ -187,24 +187,24 @@ class _PanelReader(GridReader):
         times = self.times_of(table, ahead, roles.time)
         self.stop()
         self.find_ids(table, roles, times)
-        ids, codes, codes_ahead = self.items_of(table, ahead, roles, times)
+        ids, codes, codes_ahead = self.items_of(table, ahead, roles, times=times)
         self.stop()
         if ahead is not None and codes_ahead is None:
             ahead, codes_ahead = self.for_all_items(ahead, times, len(ids))
-        self.choose_by_kind(table, ahead, roles, codes, codes_ahead)
+        self.choose_by_kind(table, ahead, roles, codes=codes, codes_ahead=codes_ahead)
         values = self.numbers(table, roles.target)
         self.stop()
 
         items, grids = self.grids_of(codes, times, ids)
         if self.problems and roles.id and times.clock is not None:
-            self.suggest_ids(table, roles, times.clock, codes)
+            self.suggest_ids(table, roles, times.clock, codes=codes)
         self.stop()
         # Places say all from here on: of fifty million rows each array takes 400 MB.
         times.clock = None
         items = dataclasses.replace(items, clock=grids.place)
-        last = self.last_rows(items, grids.place, values, ids)
+        last = self.last_rows(items, grids.place, values, ids=ids)
         self.stop()
-        layout = GridLayout.of(items, grids.place, last, ids)
+        layout = GridLayout.of(items, grids.place, last, ids=ids)
         self.choose_by_place(table, roles, layout)
         targets = np.empty((len(values), int(layout.bounds[-1])))
         for target, row in zip(targets, values, strict=True):
@@ -213,9 +213,9 @@ class _PanelReader(GridReader):
         self.check_ends(targets, roles)
 
         filled = self.filled(targets, roles.target, layout)
-        rows = self.steps_ahead(times, grids, codes_ahead, layout)
-        covariates = self.covariates(table, ahead, roles, layout, rows)
-        static = self.static_of(table, roles, codes, len(ids))
+        rows = self.steps_ahead(times, grids, codes_ahead, layout=layout)
+        covariates = self.covariates(table, ahead, roles, layout=layout, rows=rows)
+        static = self.static_of(table, roles, codes, n=len(ids))
         self.stop()
         return Panel(
             name=self.name,
@@ -272,7 +272,7 @@ class _PanelReader(GridReader):
             names = " and ".join(repr(str(column)) for column in roles.id)
             self.notes.append(f"the items are told apart by {names} of the index")
         if not roles.id:
-            self.check_labels(table, labels, roles.time, taken)
+            self.check_labels(table, labels, roles.time, taken=taken)
 
         apart = {*taken, *roles.time, *roles.id, *labels, *self.undecided}
         for column in table.columns:
@@ -327,7 +327,7 @@ class _PanelReader(GridReader):
         sure = [c for c in table.columns if c not in taken and str(c).casefold() in SURE_ID_NAMES]
         one_kind = [c for c in sure if c not in named and _one_kind(table[c])]
         stamps = None if times.clock is None else times.clock
-        choices = self.ids_that_tell_apart(table, roles.time, taken, stamps)
+        choices = self.ids_that_tell_apart(table, roles.time, taken, stamps=stamps)
         if choices and all(str(c).casefold() in ID_NAMES for c in choices[0]):
             roles.id = choices[0]
         elif choices:
@@ -350,7 +350,7 @@ class _PanelReader(GridReader):
         if not pd.DataFrame({"id": codes, "time": clock}).duplicated().any():
             return
         taken = {*roles.time, *roles.id, *roles.target}
-        choices = self.ids_that_tell_apart(table, roles.time, taken, clock, codes)
+        choices = self.ids_that_tell_apart(table, roles.time, taken, stamps=clock, codes=codes)
         if choices:
             self.refuse_ids(table, [*roles.id, *choices[0]])
 
@@ -379,7 +379,9 @@ class _PanelReader(GridReader):
         known_ahead = []
         for column in list(roles.left):
             cells_ahead = ahead[column] if ahead is not None and column in ahead_has else None
-            if roles.id and self.is_fact(table[column], codes, cells_ahead, codes_ahead):
+            if roles.id and self.is_fact(
+                table[column], codes, cells_ahead, codes_ahead=codes_ahead
+            ):
                 roles.static.append(column)
             elif cells_ahead is not None and self.how.known is None:
                 known_ahead.append(column)
@@ -392,7 +394,7 @@ class _PanelReader(GridReader):
             self.choose_target(table, roles)
         elif not roles.target:
             roles.target, roles.left = roles.left, []
-            self.check_default(table, roles.target, roles.time, roles.id)
+            self.check_default(table, roles.target, roles.time, ids=roles.id)
             if not self.any_numbers(table, roles.target):
                 roles.target = []  # every cell of them would be listed
         found = [column for column in roles.static if column not in asked]
@@ -498,7 +500,7 @@ class _PanelReader(GridReader):
                 f"ids of {quote(roles.id)}, joined by '/', are the same for different items; take "
                 "the '/' out of their cells"
             )
-        if ahead is None or self.is_of_all_items(ahead, roles, codes, times):
+        if ahead is None or self.is_of_all_items(ahead, roles, codes, times=times):
             return ids, codes, None
 
         if len(ids) == 1 and not set(roles.id) & set(ahead.columns):
@@ -668,7 +670,9 @@ class _PanelReader(GridReader):
         known = np.array(known_values) if known_values else None
         future_values = None
         if known is not None and not self.problems:
-            future_values = self.future_values(known, cells_ahead, behind, rows, layout, roles)
+            future_values = self.future_values(
+                known, cells_ahead, behind, rows=rows, layout=layout, roles=roles
+            )
         return dict(
             past=tuple(map(str, roles.past)),
             past_values=np.array(past_values) if past_values else None,
@@ -748,7 +752,7 @@ class _PanelReader(GridReader):
                 step = rows.place - layout.last[rows.owners]
                 after = step > 0
                 future[k, rows.owners[after], step[after] - 1] = cells[after]
-                differ += self.fill_known(known_values[k], cells, rows, layout)
+                differ += self.fill_known(known_values[k], cells, rows, layout=layout)
             step = behind.place - layout.last[behind.owners]
             given = ~np.isnan(own)
             future[k, behind.owners[given], step[given] - 1] = own[given]

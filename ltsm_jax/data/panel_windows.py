@@ -103,8 +103,16 @@ class PanelSplits:
         origins = _training_origins(
             self.edges[:, 0], have.context_len, horizon, horizon=have.horizon
         )
-        facts = (self.columns, self.most_train, self.seed)
-        found = _table(self.layout, origins, have.context_len, horizon, have.joint, *facts).windows
+        found = _table(
+            self.layout,
+            origins,
+            have.context_len,
+            horizon=horizon,
+            joint=have.joint,
+            columns=self.columns,
+            most=self.most_train,
+            seed=self.seed,
+        ).windows
         return found if self.repeats == 1 else found.take(np.tile(np.arange(found.n), self.repeats))
 
     def origins(self, windows: Windows) -> tuple[np.ndarray, np.ndarray]:

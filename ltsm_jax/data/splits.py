@@ -201,9 +201,14 @@ class Splits:
         have = self.train
         if horizon == have.horizon:
             return have
-        facts = {"columns": have.columns, "timestamps": have.timestamps}
         full = windows_between(
-            have.values, *self.borders.train, have.context_len, horizon, joint=have.joint, **facts
+            have.values,
+            *self.borders.train,
+            context_len=have.context_len,
+            horizon=horizon,
+            joint=have.joint,
+            columns=have.columns,
+            timestamps=have.timestamps,
         )
         if self.few_shot == 1:
             return full
@@ -277,7 +282,7 @@ def prepare(
         lo = lo if part == "train" else lo - context_len
         try:
             parts[part] = windows_between(
-                values, lo, hi, context_len, horizon, joint=joint, **facts
+                values, lo, hi, context_len=context_len, horizon=horizon, joint=joint, **facts
             )
         except ValueError as err:
             raise DataError(

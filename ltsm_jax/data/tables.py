@@ -159,11 +159,11 @@ class _SeriesReader(TableReader):
         if stamps is not None and tz is not None:
             tz = self.zone_of_steps(stamps, tz)
         if not self.problems:
-            self.look_for_ids(table, time, targets, stamps)
+            self.look_for_ids(table, time, targets, stamps=stamps)
         id_column = self.joined(table, "id", self.how.id)
         values = self.numbers(table, targets)
         if id_column is not None:
-            stamps, values, targets = self.spread(stamps, values, targets, id_column, tz)
+            stamps, values, targets = self.spread(stamps, values, targets, ids=id_column, tz=tz)
         elif stamps is not None and len(values):
             stamps, values = self.on_grid(stamps, values, tz)
         if self.how.missing != "error":
@@ -206,7 +206,7 @@ class _SeriesReader(TableReader):
         wanted = list(dict.fromkeys(wanted))
         if how.time is None:
             time = self.find_time(table, labels, [*wanted, *ids])
-        self.check_labels(table, labels, time, [*wanted, *ids])
+        self.check_labels(table, labels, time, taken=[*wanted, *ids])
         if not asked:
             apart = {
                 *time,
@@ -215,7 +215,7 @@ class _SeriesReader(TableReader):
                 *(label for label in labels if not self.is_id_like(table, label)),
             }
             wanted = [column for column in columns if column not in apart]
-            self.check_default(table, wanted, time, ids)
+            self.check_default(table, wanted, time, ids=ids)
             if not self.any_numbers(table, wanted):
                 wanted = []  # every cell of them would be listed
         return time, wanted
@@ -252,7 +252,7 @@ class _SeriesReader(TableReader):
         codes = None
         if given:
             codes = table.groupby(given, sort=False, dropna=False).ngroup().to_numpy()
-        for columns in self.ids_that_tell_apart(table, time, taken, stamps, codes):
+        for columns in self.ids_that_tell_apart(table, time, taken, stamps=stamps, codes=codes):
             self.refuse_ids(table, [*given, *columns])
         named = self.named_ids(table, taken)
         if named and not given:
@@ -401,7 +401,7 @@ class _SeriesReader(TableReader):
         first = next(iter(groups.values()))
         odd = [key for key, at in groups.items() if not _same_stamps(stamps, at, first)]
         if odd:
-            self.problems.append(self.different_ids(stamps, groups, odd, ids.name))
+            self.problems.append(self.different_ids(stamps, groups, odd, name=ids.name))
             return stamps, values, targets
         wide = np.array([row for _, row in tracks])
         if stamps is None:

@@ -265,8 +265,8 @@ def _spread(windows: Windows, mesh: Mesh) -> Spread:
         spread,
         table["starts"],
         table["rows"],
-        windows.context_len,
-        windows.horizon,
+        context_len=windows.context_len,
+        horizon=windows.horizon,
         mesh=mesh,
         n_past=windows.n_past,
         n_known=windows.n_known,
@@ -432,7 +432,12 @@ def windows_between(
         rows = jnp.asarray(np.repeat(np.arange(n_variates, dtype=np.int32), n_starts))
         starts = np.tile(starts, n_variates)
     found = Windows(
-        jnp.asarray(values, jnp.float32), jnp.asarray(starts), rows, context_len, horizon, **facts
+        jnp.asarray(values, jnp.float32),
+        jnp.asarray(starts),
+        rows,
+        context_len=context_len,
+        horizon=horizon,
+        **facts,
     )
     on_host = np.asarray(found.values)
     if not np.isnan(on_host).any():

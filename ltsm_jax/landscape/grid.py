@@ -232,7 +232,14 @@ def surface(
         if spread is not None:
             part, counts = placement.replicate(part), placement.replicate(counts)
         found = _losses(
-            loss, params, ways, part, counts, at_once=at_once, spread=spread, placement=placement
+            loss,
+            params,
+            ways,
+            places=part,
+            counts=counts,
+            at_once=at_once,
+            spread=spread,
+            placement=placement,
         )
         return sharding.on_host(found)[:count]
 
@@ -370,7 +377,7 @@ def _losses(
         )
 
     if spread is None:
-        return placement.everywhere(several(loss, params, directions, places, counts))
+        return placement.everywhere(several(loss, params, directions, places=places, counts=counts))
     whole, split = PartitionSpec(), PartitionSpec(spread.axis_names)
     over = jax.shard_map(
         several,
@@ -398,7 +405,14 @@ def _points_at_once(
         return 1
     first, count = places[:1].astype(np.float32), np.ones(1, np.int32)
     one = _losses.lower(
-        loss, params, directions, first, count, at_once=1, spread=None, placement=Placement()
+        loss,
+        params,
+        directions,
+        places=first,
+        counts=count,
+        at_once=1,
+        spread=None,
+        placement=Placement(),
     )
     analysis = one.compile().memory_analysis()
     needed = memory.bytes_on_one(params) + (0 if analysis is None else analysis.temp_size_in_bytes)

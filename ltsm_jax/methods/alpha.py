@@ -329,7 +329,7 @@ class _Scorer:
         if self.masks is not None:
             begin = apply_masks(begin, self.masks, self.placement)
         return float(
-            self.task.evaluate(self.model, begin, self.data, "val", self.placement)[
+            self.task.evaluate(self.model, begin, self.data, part="val", placement=self.placement)[
                 self.task.selects
             ]
         )
@@ -563,11 +563,11 @@ def learn(
             logits,
             params,
             other,
-            windows,
-            validation,
-            batches,
-            noise,
-            jnp.float32(inner_lr),
+            windows=windows,
+            validation=validation,
+            batches=batches,
+            key=noise,
+            inner_lr=jnp.float32(inner_lr),
             mixing=mixing,
             loss=task.loss(model),
         )

@@ -85,7 +85,7 @@ class Calibration:
         largest = np.nanmax(np.abs(errors), axis=(0, 2))[:, None, None]
         offsets = np.where(outwards < 1, -largest, offsets)
         offsets = np.where(outwards > n, largest, offsets)
-        return cls(offsets, counts, apart, source)
+        return cls(offsets, counts, apart, source=source)
 
     @classmethod
     def measured(
@@ -177,7 +177,7 @@ class Calibration:
             offsets = np.array([np.interp(GRID, grid, row) for row in flat]).reshape(
                 *counts.shape, -1
             )
-        return cls(offsets, counts, apart, source)
+        return cls(offsets, counts, apart, source=source)
 
 
 def _observed(errors: np.ndarray) -> np.ndarray:

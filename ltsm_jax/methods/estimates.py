@@ -66,7 +66,7 @@ def of_forecast(
             model,
             params,
             panel,
-            horizon,
+            horizon=horizon,
             context_len=context_len,
             origins=origins.take(first),
             batch_size=largest.size,
@@ -77,7 +77,9 @@ def of_forecast(
     levels = tuple(options.get("levels", ()))
     piece = timing.of(
         one_batch,
-        lambda: panels.trace_program(model, params, panel, horizon, largest, levels=levels, **kind),
+        lambda: panels.trace_program(
+            model, params, panel, horizon=horizon, of=largest, levels=levels, **kind
+        ),
         work_follows=work_follows,
     )
     batches = sum(map(work, groups)) / (largest.size * largest.length)

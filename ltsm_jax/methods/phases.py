@@ -187,7 +187,9 @@ def anchor_distance(model: Model, params: Params, checkpoint: Params, batch: Bat
         raise ValueError(
             f"an anchor needs forecasts of every target: {point.shape} for targets {target.shape}"
         )
-    return model.point_loss(params, {**batch, "target": point.astype(jnp.float32)}, None, False)
+    return model.point_loss(
+        params, {**batch, "target": point.astype(jnp.float32)}, None, train=False
+    )
 
 
 def mixed_out(loss: Loss, reference: Params, probability: float) -> Loss:

@@ -114,7 +114,7 @@ def measure(
     with progress.Bar(len(batches), 1, "redundancy", show=show_progress and hosts.first()) as bar:
         for i, (part, start) in enumerate(batches):
             indices = np.arange(start, min(start + batch_size, part.n), dtype=np.int32)
-            found = _sums(model, mode, params, _gather(part, indices), placement)
+            found = _sums(model, mode, params, batch=_gather(part, indices), placement=placement)
             sums = jax.tree.map(lambda x: sharding.on_host(x).astype(np.float64), found)
             total = jax.tree.map(np.add, total, sums) if i else sums
             bar.update(i + 1, 1, len(indices))

@@ -83,7 +83,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
 
     # A mesh splits axes of certain lengths only; on the host any length can be cut.
     whole = params if mesh is None else jax.tree.map(sharding.on_host, params)
-    small, fewer, rest = without(model, apply_masks(whole, spread), kept, spread)
+    small, fewer, rest = without(model, apply_masks(whole, spread), kept, masks=spread)
     return small, sharding.shard(fewer, small.shard_rules, mesh)[0], rest
 
 
@@ -184,7 +184,7 @@ def _keep_heads(
         elif group.scores == "pairs":
             scores = _live_pairs(q_HK, k_GK, stay_G)
     is_shared = isinstance(dims, HeadDims) and dims.kv_heads is not None
-    return Kept(stay_H, stay_G if is_shared else None, values, scores)
+    return Kept(stay_H, stay_G if is_shared else None, values, scores=scores)
 
 
 _KEEP = {"heads": _keep_heads, "ffn units": _keep_units, "experts": _keep_experts}

@@ -225,7 +225,9 @@ class Running:
 
     def validate(self, candidate: Params) -> dict[str, Any]:
         """Score weights of the model on the validation part."""
-        return self.task.evaluate(self.model, candidate, self.data, "val", self.placement)
+        return self.task.evaluate(
+            self.model, candidate, self.data, part="val", placement=self.placement
+        )
 
     def watch(self, candidate: Params, epoch: int) -> dict[str, Any]:
         """Give what the history has of an epoch beside its validation: test scores and curvature,
@@ -245,7 +247,9 @@ class Running:
         """Score weights of the model on the test part, under the names that its scores have in the
         history.
         """
-        scores = self.task.evaluate(self.model, candidate, self.data, "test", self.placement)
+        scores = self.task.evaluate(
+            self.model, candidate, self.data, part="test", placement=self.placement
+        )
         return {
             f"test_{name}": value.item() if hasattr(value, "item") else value
             for name, value in scores.items()
@@ -340,7 +344,9 @@ class Running:
             if self.strategy.wise:
                 mixes, weight, val = self.mix(val)
             scores = (
-                self.task.evaluate(self.model, self.current, self.data, "test", self.placement)
+                self.task.evaluate(
+                    self.model, self.current, self.data, part="test", placement=self.placement
+                )
                 if test
                 else None
             )
@@ -359,7 +365,9 @@ class Running:
             best_epoch=self.best_epoch,
             seconds=seconds,
             trained=self.trained,
-            warnings=self.task.warnings(self.model, self.current, self.data, self.placement),
+            warnings=self.task.warnings(
+                self.model, self.current, self.data, placement=self.placement
+            ),
             compile_seconds=compile_seconds,
             mixes=mixes,
             weight=weight,

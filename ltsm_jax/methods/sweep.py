@@ -179,7 +179,7 @@ def evaluation(running: Running) -> lanes.Evaluate | None:
         return None
 
     def evaluate(over: Over, params: TreeStack) -> Sequence[dict[str, Any]]:
-        return of_task(running.model, params, running.data, "val", over)
+        return of_task(running.model, params, running.data, part="val", over=over)
 
     return evaluate
 

@@ -464,7 +464,7 @@ def _tune(
             notes.append(f"{name}: training failed: {str(err).splitlines()[0]}")
             continue
         candidates[name] = scorer.trained(
-            name, chosen, result, prepared.params, seed, prepared.masks
+            name, chosen, result, start=prepared.params, seed=seed, masks=prepared.masks
         )
 
         # Of the others only the scores are kept: weights may be large.
@@ -772,7 +772,9 @@ class _Scorer:
             before = _record(self.val[ZERO_SHOT])
         else:
             begin = begin if masks is None else apply_masks(begin, masks, self.placement)
-            before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
+            before = self.task.evaluate(
+                self.net, begin, self.splits, part="val", placement=self.placement
+            )
         history: list[dict[str, Any]] = [
             {"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}
         ]

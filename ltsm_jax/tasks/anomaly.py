@@ -292,7 +292,9 @@ def _window_errors(
     filled, table = placement.replicate((jnp.asarray(filled), jnp.asarray(table)))
 
     def one_batch(indices: jax.Array) -> jax.Array:
-        return _batch_errors(model, params, filled, table, indices, ims, window)
+        return _batch_errors(
+            model, params, filled, starts=table, indices=indices, ims=ims, window=window
+        )
 
     # A batch is never smaller than asked for: the table goes on with its last window.
     n = len(starts)
@@ -380,7 +382,7 @@ def validation_error(
             "placement": placement,
             "window": task.window,
         }
-        return float(row_errors(model, params, task.values, task.validate_rows, **how).mean())
+        return float(row_errors(model, params, task.values, rows=task.validate_rows, **how).mean())
     starts = window_starts(*task.validate_rows, task.window)
     if not len(starts):
         raise DataError(

@@ -121,7 +121,7 @@ class ScaledByContext:
         seen = context[..., -self.model.context_len :]
         mean, std = context_scale(seen)
         return self._scaled_back(
-            self.model.predict(params, (seen - mean) / std, horizon, key), mean, std
+            self.model.predict(params, (seen - mean) / std, horizon, key=key), mean, std
         )
 
     def predict_with(
@@ -369,7 +369,9 @@ def errors(
     placement = placement or Placement.of(params)
     placed = windows.over(placement.mesh)
     sums = in_batches(
-        lambda indices: _batch_errors(predictor, params, placed, indices, placement),
+        lambda indices: _batch_errors(
+            predictor, params, placed, indices=indices, placement=placement
+        ),
         windows.n,
         batch_size or _batch_size(predictor, windows, placement),
         placement=placement,
@@ -388,7 +390,7 @@ def _lane_errors(
     predictor: Predictor, params: TreeStack, windows: Windows, indices: jax.Array, over: Over
 ) -> dict[str, jax.Array]:
     def of_lane(params: Tree, shared: tuple[Windows, jax.Array]) -> dict[str, jax.Array]:
-        return _batch_errors(predictor, params, *shared, Placement())
+        return _batch_errors(predictor, params, *shared, placement=Placement())
 
     found = over.each(of_lane, params, shared=(windows, indices))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)  # windows first, then lanes
@@ -406,7 +408,9 @@ def evaluate_lanes(
     if over.mode == "batched":
         size = max(size * over.devices // params.own[0].shape[0], 1)
     sums = in_batches(
-        lambda indices: _lane_errors(predictor, params, placed, indices, over), windows.n, size
+        lambda indices: _lane_errors(predictor, params, placed, indices=indices, over=over),
+        windows.n,
+        size,
     )
     found = []
     for lane in range(sums["squared"].shape[1]):
@@ -530,7 +534,9 @@ def forecast_windows(
     """
     placement = placement or Placement.of(params)
     placed = windows.over(placement.mesh)
-    found = _forecast(predictor, params, placed, np.asarray(indices, np.int32), placement)
+    found = _forecast(
+        predictor, params, placed, indices=np.asarray(indices, np.int32), placement=placement
+    )
     return tuple(sharding.on_host(x).astype(np.float64) for x in found)
 
 

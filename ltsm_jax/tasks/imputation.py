@@ -184,7 +184,7 @@ def loss_fn(
     Raises: ValueError for a rate outside (0, 1) or a model without this task.
     """
     _check(model, rate)
-    shared = _loss(model, ims, _kinds(holes), patch_len or model.config.patch_len)
+    shared = _loss(model, ims, _kinds(holes), patch_len=patch_len or model.config.patch_len)
     # Partial: the rate reaches the compiled step as an argument, so that all rates share a
     # compilation.
     return jax.tree_util.Partial(shared, np.float32(rate))
@@ -357,7 +357,17 @@ def window_sums(
     placed, placed_key = windows.over(placement.mesh), placement.replicate(key)
 
     def one_batch(indices: jax.Array) -> dict[str, jax.Array]:
-        return _batch_sums(model, params, placed, indices, placed_key, rate, ims, kinds, patch)
+        return _batch_sums(
+            model,
+            params,
+            placed,
+            indices=indices,
+            key=placed_key,
+            rate=rate,
+            ims=ims,
+            kinds=kinds,
+            patch_len=patch,
+        )
 
     return in_batches(one_batch, windows.n, batch_size, placement=placement)
 
@@ -432,7 +442,7 @@ class Imputation:
 
     def loss(self, model: Model) -> Loss:
         """Mean squared error of points hidden anew at every call, see `loss_fn`."""
-        return _task_loss(model, self.rate, self.ims, self.holes, self.patch_len)
+        return _task_loss(model, self.rate, self.ims, holes=self.holes, patch_len=self.patch_len)
 
     def evaluate(
         self,
@@ -457,7 +467,10 @@ class Imputation:
         fillers = {"linear": _Filler(sizes, "linear"), "last": _Filler(sizes, "last")}
         if 1 < season < data.train.context_len:
             fillers["seasonal naive"] = _Filler(sizes, "seasonal", season)
-        return {name: self.evaluate(filler, {}, data, part) for name, filler in fillers.items()}  # pyright: ignore[reportArgumentType]
+        found = {}
+        for name, filler in fillers.items():
+            found[name] = self.evaluate(filler, {}, data, part=part)  # pyright: ignore[reportArgumentType]
+        return found
 
     def warnings(
         self, model: Model, params: Tree, data: Splits, placement: Placement | None = None

@@ -273,7 +273,16 @@ def trace_program(
     past, known = shape(n_past, of.length), shape(n_known, of.length + horizon)
     context = shape(panel.n_variates if joint else 1, of.length)
     key = jax.random.key(0)
-    return _forecast.trace(model, params, context, past, known, key, horizon=horizon, levels=levels)
+    return _forecast.trace(
+        model,
+        params,
+        context,
+        past=past,
+        known=known,
+        key=key,
+        horizon=horizon,
+        levels=levels,
+    )
 
 
 def program(
@@ -288,7 +297,7 @@ def program(
 ) -> tuple[jax.Array, jax.Array]:
     """Forecast a batch of scaled windows: point [B, C, H], quantiles [B, C, H, W] at `levels`."""
     if past is None and known is None:
-        found = model.predict(params, context, horizon, key)
+        found = model.predict(params, context, horizon, key=key)
     else:
         found = model.predict_with(params, context, horizon, past=past, known=known, key=key)
     return found.point, quantiles_at(found, levels)
@@ -336,12 +345,12 @@ def forecast_panel(
     origins = Origins.after(panel) if origins is None else origins
     key = jax.random.key(0) if key is None else key
     m, c = len(origins.items), panel.n_variates
-    members = c if joint else 1
-    count = m if joint else m * c
+    members, count = (c, m) if joint else (1, m * c)
     kinds = covariate_counts(model, panel, covariates)
     said = ()
     if on_host is None:
         said = own_levels(model, params, members, horizon=horizon, wanted=levels, covariates=kinds)
+    how = {"key": key, "horizon": horizon, "levels": said}
     point = np.empty((count, members, horizon))
     quantiles = np.empty((count, members, horizon, len(said)))
     unit = np.ones((count, members))
@@ -368,15 +377,16 @@ def forecast_panel(
             cut = _Cut(panel, here, length=length, horizon=horizon)
             variates = None if joint else rows % c
             context = cut.contexts(panel.values, variates)
-            empty = _empty(context, cut, variates)
             mean, scale = context_scale(context)
-            scale[empty] = np.nan
+            scale[_empty(context, cut, variates)] = np.nan
             if season is not None:
-                unit[rows] = _units(cut, context, mean, scale, variates=variates, season=season)
+                unit[rows] = _units(
+                    cut, context, mean, scale=scale, variates=variates, season=season
+                )
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
             if on_host is None:
                 past, known = cut.covariates(size, kinds)
-                answer = _forecast(model, params, scaled, past, known, key, horizon, said)
+                answer = _forecast(model, params, scaled, past=past, known=known, **how)
             else:
                 answer = _forecast_on_host(on_host, scaled[: len(rows)], horizon)
             # While the device works on this batch, the host takes in the one before.

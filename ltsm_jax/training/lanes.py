@@ -216,19 +216,19 @@ def _alone(state, fixed, turn, common, *, batch_size, rule, how, runtime):
     """Take the steps of one lane with the program of a separate run."""
     count = jnp.where(state["alive"], common["count"], 0)
     moving, opt_state, _, losses, done = step.advance(
-        state["params"],
-        state["optimizer"],
-        None,
-        fixed["frozen"],
-        common["source"],
-        turn["order"],
-        turn["rates"],
-        turn["key"],
-        fixed["loss_fn"],
-        fixed["penalty"],
-        common["place"],
-        count,
-        common["first"],
+        moving=state["params"],
+        opt_state=state["optimizer"],
+        average=None,
+        frozen=fixed["frozen"],
+        source=common["source"],
+        order=turn["order"],
+        rates=turn["rates"],
+        key=turn["key"],
+        loss_fn=fixed["loss_fn"],
+        penalty=fixed["penalty"],
+        place=common["place"],
+        count=count,
+        step=common["first"],
         batch_size=batch_size,
         rule=rule,
         how=how,
@@ -508,12 +508,12 @@ class Sweep:
             self.state["params"],
             self.state["optimizer"],
             alive,
-            self.fixed,
-            self.turn,
-            self.source,
-            np.int32(place),
-            np.int32(count),
-            np.int32(self.step),
+            fixed=self.fixed,
+            turn=self.turn,
+            source=self.source,
+            place=np.int32(place),
+            count=np.int32(count),
+            first=np.int32(self.step),
             over=self.over,
             batch_size=first.batch_size,
             rule=first.rule,
@@ -539,7 +539,11 @@ class Sweep:
         self.pace.learn(count, time.monotonic() - began)
         seen = len(alive) * sum(map(self.first.rows_of, range(place, place + count)))
         self.bar.update(
-            self.step, epoch + 1, seen, float(losses[alive, -1].mean()), self.best_so_far()
+            self.step,
+            epoch + 1,
+            seen,
+            loss=float(losses[alive, -1].mean()),
+            note=self.best_so_far(),
         )
 
     def end_epoch(self, epoch: int) -> None:
@@ -561,7 +565,7 @@ class Sweep:
         if better.any():
             self.state["best"] = _keep_better(self.state["best"], self.state["params"], better)
         self.count_time()
-        self.bar.update(self.step, epoch + 1, 0, None, self.best_so_far())
+        self.bar.update(self.step, epoch + 1, 0, note=self.best_so_far())
 
     def validate(self, alive: Sequence[int]) -> dict[int, Mapping[str, Any]]:
         """Score the lanes that are `alive`."""

@@ -513,37 +513,32 @@ class Fitting:
         """Take `count` steps from batch `place` of the epoch. Returns: losses, and how many steps
         were finite.
         """
-        given, how = self._of_step(place, count)
-        self.state["params"], self.state["optimizer"], average, losses, done = step.advance(
-            *given, **how
-        )
+        taken = step.advance(**self._of_step(place, count))
+        self.state["params"], self.state["optimizer"], average, losses, done = taken
         if average is not None:
             self.state["average"] = average
         return np.asarray(losses), int(done)
 
     def trace(self) -> jax.stages.Traced:
         """Trace the program of `advance`."""
-        given, how = self._of_step(0, 1)
-        return step.advance.trace(*given, **how)
+        return step.advance.trace(**self._of_step(0, 1))
 
-    def _of_step(self, place: int, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _of_step(self, place: int, count: int) -> dict[str, Any]:
         """Arguments of `step.advance`."""
-        given = (
-            self.state["params"],
-            self.state["optimizer"],
-            self.state["average"] if self.how.ema else None,
-            self.frozen,
-            self.placed,
-            self.order,
-            self.lr,
-            self.keys["dropout"],
-            self.loss_fn,
-            self.penalty,
-            np.int32(place),
-            np.int32(count),
-            np.int32(self.position.step),
-        )
-        return given, {
+        return {
+            "moving": self.state["params"],
+            "opt_state": self.state["optimizer"],
+            "average": self.state["average"] if self.how.ema else None,
+            "frozen": self.frozen,
+            "source": self.placed,
+            "order": self.order,
+            "rates": self.lr,
+            "key": self.keys["dropout"],
+            "loss_fn": self.loss_fn,
+            "penalty": self.penalty,
+            "place": np.int32(place),
+            "count": np.int32(count),
+            "step": np.int32(self.position.step),
             "batch_size": self.batch_size,
             "rule": self.rule,
             "how": self.how,
@@ -567,7 +562,11 @@ class Fitting:
         self.pace.learn(count, time.monotonic() - began)
         windows_seen = sum(map(self.rows_of, range(place, place + count)))
         self.bar.update(
-            position.step, epoch + 1, windows_seen, float(losses[count - 1]), self.best_so_far()
+            position.step,
+            epoch + 1,
+            windows_seen,
+            loss=float(losses[count - 1]),
+            note=self.best_so_far(),
         )
 
     def account(self, epoch: int, place: int, losses: np.ndarray) -> list[dict[str, Any]]:
@@ -605,7 +604,9 @@ class Fitting:
         row = self.position.history[-1]
         if self.run:
             self.run.record([row])
-        self.bar.update(self.position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
+        self.bar.update(
+            self.position.step, epoch + 1, 0, loss=row["train_loss"], note=self.best_so_far()
+        )
 
     def judge(
         self, epoch: int, found: Mapping[str, Any] | None, watched: Mapping[str, Any] | None = None
@@ -696,7 +697,7 @@ class Fitting:
             self.state["params"],
             self.frozen,
             placed,
-            key,
+            key=key,
             loss_fn=self.loss_fn,
             penalty=self.penalty,
             how=self.how,

@@ -207,7 +207,7 @@ def kept_by_backward(
     # on one device: what the devices of a mesh keep is the same, together
     whole = dataclasses.replace(runtime, placement=Placement())
     backward = _backward.eval_shape(
-        moving, frozen, source, loss_fn, key, rows=rows, how=how, runtime=whole
+        moving, frozen, source, loss_fn=loss_fn, key=key, rows=rows, how=how, runtime=whole
     )
     kept = bytes_in(backward)
     # in another dtype it keeps copies of the parameters, in float32 themselves

@@ -122,7 +122,11 @@ class Rule:
     def of(cls, config: Any) -> "Rule":
         """Read it off a `TrainConfig`."""
         return cls(
-            config.optimizer, config.weight_decay or 0.0, config.clip, config.betas, config.eps
+            config.optimizer,
+            config.weight_decay or 0.0,
+            config.clip,
+            betas=config.betas,
+            eps=config.eps,
         )
 
     def transformation(self) -> Any:

@@ -102,11 +102,11 @@ def test_the_plane_goes_through_the_three_models(folder):
 def test_a_stopped_run_goes_on_to_the_same_bits(folder, command, tmp_path, monkeypatch, capsys):
     real, computed = grid._losses, []
 
-    def stopping(loss, params, directions, places, counts, **kwargs):
+    def stopping(loss, params, directions, *, counts, **kwargs):
         computed.append(int(counts.sum()))
         if sum(computed) > 25 + 5:  # in the second surface
             raise KeyboardInterrupt
-        return real(loss, params, directions, places, counts, **kwargs)
+        return real(loss, params, directions, counts=counts, **kwargs)
 
     out = tmp_path / "out"
     monkeypatch.setattr(grid, "SAVE_EVERY", -1.0)

@@ -200,8 +200,8 @@ def scored(family, *meshes):
     options = {"config": config, "show_progress": False}
     real, first = schedule._batch_sums, []
 
-    def watched(*args):
-        first.append(real(*args))
+    def watched(*args, **options):
+        first.append(real(*args, **options))
         if len(first) == stop:
             hosts._stop.set()  # as the handler does
         return first[-1]

@@ -179,7 +179,7 @@ def gradient_sums(
             return loss(params, rows if weight is None else rows | {"weight": weight}, key, False)
 
     def of_row(masks, row, key):
-        return of_rows(masks, {name: value[None] for name, value in row.items()}, None, key)
+        return of_rows(masks, {name: value[None] for name, value in row.items()}, None, key=key)
 
     def add(sums, part):
         rows, weight, keys = placement.rows(part)

@@ -54,7 +54,15 @@ def block_influence(
         for start in range(0, part.n, batch_size):
             numbers = np.arange(start, min(start + batch_size, part.n), dtype=np.int32)
             split = placement if len(numbers) % placement.row_parts == 0 else Placement()
-            sums = _sums(model, task, params, placed, numbers, placement, split)
+            sums = _sums(
+                model,
+                task,
+                params,
+                windows=placed,
+                numbers=numbers,
+                placement=placement,
+                split=split,
+            )
             for layer, pair in sums.items():
                 total[layer] = total.get(layer, 0.0) + sharding.on_host(pair).astype(np.float64)
             hosts.pause()

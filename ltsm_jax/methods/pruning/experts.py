@@ -46,7 +46,7 @@ def expert_usage(
         placed = windows.over(placement.mesh)
         counts = in_batches(
             lambda indices, placed=placed: _routed(
-                model, params, placed, indices, horizon, placement
+                model, params, placed, indices=indices, horizon=horizon, placement=placement
             ),
             windows.n,
             batch_size or model.eval_batch * placement.row_parts,

@@ -158,7 +158,7 @@ def prune(
         # A run that goes on has its first validation in its history.
         first = {}
         if run is None or not run.steps():
-            first = task.evaluate(model, params, data, "val", placement)
+            first = task.evaluate(model, params, data, part="val", placement=placement)
         reduced = _reduce(
             model,
             params,
@@ -195,7 +195,7 @@ def prune(
         cuts = {}
         for share in config.ratios:
             masked = apply_masks(params, cut(order, share), placement)
-            cuts[share] = task.evaluate(model, masked, data, "val", placement)
+            cuts[share] = task.evaluate(model, masked, data, part="val", placement=placement)
     return _result(pruning, reduced, order=order, cuts=cuts)
 
 
@@ -510,8 +510,6 @@ class _Pruning:
     def go_on(self, bar: progress.Bar) -> None:
         """Batches, pruning steps and validations until the run is over."""
         masks, one = place(self.masks, self.params, self.placement), self.settings["epochs"] == 1
-        batch_size = self.settings["batch_size"]
-        how = (self.task, batch_size, self.squares, self.chunk, self.counted, self.placement)
         order = key = None
         while not self.finished:
             self._settle()
@@ -522,7 +520,21 @@ class _Pruning:
                     jax.random.fold_in(self.keys["aux"], epoch),
                 )
                 order, key = self.placement.replicate(drawn)
-            found = _batch_sums(self.model, self.params, masks, self.windows, order, b, key, *how)
+            found = _batch_sums(
+                self.model,
+                self.params,
+                masks,
+                windows=self.windows,
+                order=order,
+                b=b,
+                key=key,
+                task=self.task,
+                batch_size=self.settings["batch_size"],
+                squares=self.squares,
+                chunk=self.chunk,
+                stacks=self.counted,
+                placement=self.placement,
+            )
             loss, rows = float(found["loss"]), int(found["rows"])
             if not math.isfinite(loss):
                 raise training.NonFiniteError(
@@ -541,8 +553,8 @@ class _Pruning:
                 self.done,
                 epoch + 1,
                 rows,
-                loss / rows,
-                f"  {100 * share_left(self.masks):.1f} % left",
+                loss=loss / rows,
+                note=f"  {100 * share_left(self.masks):.1f} % left",
             )
             if last or full:
                 self._validate(masks, epoch + 1, full)
@@ -599,7 +611,9 @@ class _Pruning:
 
     def _validate(self, masks: Masks, epoch: int, full: bool) -> None:
         selects, merged = self.task.selects, apply_masks(self.params, masks, self.placement)
-        scores = self.task.evaluate(self.model, merged, self.data, "val", self.placement)
+        scores = self.task.evaluate(
+            self.model, merged, self.data, part="val", placement=self.placement
+        )
         if not math.isfinite(scores[selects]):
             raise training.NonFiniteError(
                 f"epoch {epoch}: the validation {selects} of the pruned model is {scores[selects]}"
