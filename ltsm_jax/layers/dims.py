@@ -90,6 +90,18 @@ class LayerDims:
     ffn: int
 
 
+def head_width(d_model: int, heads: int) -> int:
+    """Split a model width into heads.
+
+    Raises: ValueError for a number of heads that does not divide it.
+    """
+    if heads < 1 or d_model % heads:
+        raise ValueError(
+            f"the width ({d_model}) must be a multiple of the number of heads ({heads})"
+        )
+    return d_model // heads
+
+
 def equal_layers(
     layers: int, heads: int, head_dim: int, ffn: int, kv_heads: int | None = None
 ) -> tuple[LayerDims, ...]:

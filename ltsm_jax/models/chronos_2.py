@@ -39,25 +39,16 @@ from ltsm_jax.layers.missing import mean_over_rows, mse_observed, scale_of_obser
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.quantiles import at_levels, median_of
+from ltsm_jax.layers.quantiles import DECILES, at_levels, level_problems, median_of
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
-PATHS = (
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-)  # quantile levels along which long horizons are rolled out
+PATHS = DECILES  # quantile levels along which long horizons are rolled out
 LEVELS = (0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.99)
 MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
@@ -98,33 +89,11 @@ class Chronos2Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, scores={"group": "channels"})
-        sizes = (
-            self.d_model,
-            self.head_dim,
-            self.block_dim,
-            self.patch_len,
-            self.context_len,
-            self.max_patches,
-        )
-        if min(*sizes, self.time_scale) < 1:
-            problems.append("every size must be positive")
+        sizes = ("d_model", "head_dim", "block_dim", "patch_len", "context_len", "max_patches")
+        problems += field_problems(self, *sizes, "time_scale") + level_problems(self.levels)
         if self.head_dim % 2:
             problems.append(f"head_dim must be even for the rotation, got {self.head_dim}")
-        if (
-            not self.levels
-            or list(self.levels) != sorted(set(self.levels))
-            or min(self.levels) <= 0
-        ):
-            problems.append(f"levels must rise within (0, 1): {self.levels}")
-        elif self.levels[-1] >= 1:
-            problems.append(f"levels must lie within (0, 1): {self.levels}")
-        if self.activation not in ("relu", "gelu") or not 0 <= self.dropout < 1:
-            problems.append(
-                f"activation must be relu or gelu and dropout in [0, 1): {self.activation}, "
-                f"{self.dropout}"
-            )
-        if problems:
-            raise ValueError("Chronos2Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -143,15 +112,9 @@ class Chronos2Config:
         run either.
         """
         chronos = fields.get("chronos_config", {})
-        missing = [
-            name
-            for name in ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
-            if name not in fields
-        ]
-        names = ("context_length", "input_patch_size", "max_output_patches", "quantiles")
-        missing += [f"chronos_config.{name}" for name in names if name not in chronos]
-        if missing:
-            raise ValueError(f"the config of a Chronos-2 checkpoint lacks {', '.join(missing)}")
+        names = ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
+        inner = ("context_length", "input_patch_size", "max_output_patches", "quantiles")
+        require_fields("Chronos-2", fields, names, chronos_config=inner)
         patch = chronos["input_patch_size"]
         same = {chronos.get(name, patch) for name in ("output_patch_size", "input_patch_stride")}
         if (
@@ -301,9 +264,6 @@ class Chronos2(Model):
 
     family = "chronos_2"
     published = PRESETS
-    covariates = frozenset({"past", "known"})
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-2)"
     shard_rules = (
@@ -331,6 +291,14 @@ class Chronos2(Model):
             "time_scale": 64,
         }
         return Chronos2Config.of(16, 2, 24, 2, **sizes, levels=PATHS)
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        return COVARIATES
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def variates(self) -> Literal["independent", "joint"]:

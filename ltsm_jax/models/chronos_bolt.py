@@ -30,14 +30,14 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.missing import mean_observed, mean_over_rows, scale_of_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.layers.network import nested, run_network
-from ltsm_jax.layers.quantiles import median_of
+from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of
 from ltsm_jax.layers.residual import ResidualBlock
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MEMORY = 2 << 30  # bytes that the widest activations of one evaluation batch may take
 
 
@@ -60,7 +60,7 @@ class ChronosBoltConfig:
     stride: int = 16
     context_len: int = 2048
     horizon: int = 64
-    levels: tuple[float, ...] = LEVELS
+    levels: tuple[float, ...] = DECILES
     reg_token: bool = True
     start_token: int = 0
     init_factor: float = 0.05
@@ -76,24 +76,17 @@ class ChronosBoltConfig:
                 f"encoder and decoder differ in width: {self.encoder.d_model}, "
                 f"{self.decoder.d_model}"
             )
-        if min(self.block_dim, self.patch_len, self.stride, self.context_len, self.horizon) < 1:
-            problems.append("every size must be positive")
+        problems += field_problems(
+            self, "block_dim", "patch_len", "stride", "context_len", "horizon"
+        )
         if self.stride > self.patch_len:
             problems.append(
                 f"patches of {self.patch_len} every {self.stride} steps would leave points out"
             )
-        if (
-            not self.levels
-            or list(self.levels) != sorted(set(self.levels))
-            or not 0 < self.levels[0] < 1
-        ):
-            problems.append(f"levels must rise within (0, 1): {self.levels}")
-        elif self.levels[-1] >= 1:
-            problems.append(f"levels must lie within (0, 1): {self.levels}")
+        problems += level_problems(self.levels)
         if not 0 <= self.start_token < self.vocabulary:
             problems.append(f"start_token must be below {self.vocabulary}, got {self.start_token}")
-        if problems:
-            raise ValueError("ChronosBoltConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @property
     def vocabulary(self) -> int:
@@ -130,17 +123,9 @@ class ChronosBoltConfig:
         """
         chronos = fields.get("chronos_config", {})
         names = ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
-        missing = [name for name in names if name not in fields]
-        names = (
-            "context_length",
-            "prediction_length",
-            "input_patch_size",
-            "input_patch_stride",
-            "quantiles",
-        )
-        missing += [f"chronos_config.{name}" for name in names if name not in chronos]
-        if missing:
-            raise ValueError(f"the config of a Chronos-Bolt checkpoint lacks {', '.join(missing)}")
+        inner = ("context_length", "prediction_length", "quantiles")
+        inner += ("input_patch_size", "input_patch_stride")
+        require_fields("Chronos-Bolt", fields, names, chronos_config=inner)
         activation, gated = activation_of(fields)
         return cls.of(
             fields["d_model"],
@@ -239,8 +224,6 @@ class ChronosBolt(Model):
 
     family = "chronos_bolt"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-bolt)"
     shard_rules = (
@@ -274,6 +257,10 @@ class ChronosBolt(Model):
             horizon=16,
             levels=(0.1, 0.5, 0.9),
         )
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def eval_batch(self) -> int:
@@ -470,7 +457,7 @@ class ChronosBolt(Model):
         params: Tree,
         context: jax.Array,
         horizon: int,
-        levels: Sequence[float] = LEVELS,
+        levels: Sequence[float] = DECILES,
         original: bool = False,
     ) -> jax.Array:
         """Quantiles [B, C, H, len(levels)] of a forecast at any levels.

@@ -28,11 +28,12 @@ from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.quantiles import DECILES
+from ltsm_jax.models.configs import refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MEMORY = 2 << 30  # bytes that one forward pass of an evaluation may take, roughly
 
 
@@ -100,8 +101,7 @@ class ChronosT5Config:
             )
         if not 0 <= self.missing_prob < 1 or not self.init_factor >= 0:
             problems.append("missing_prob must lie in [0, 1), init_factor must not be negative")
-        if problems:
-            raise ValueError("ChronosT5Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @property
     def d_model(self) -> int:
@@ -150,15 +150,8 @@ class ChronosT5Config:
             "context_length",
             "prediction_length",
         )
-        missing = [name for name in top if name not in fields]
-        missing += [f"chronos_config.{name}" for name in inner if name not in chronos]
-        missing += [
-            f"chronos_config.tokenizer_kwargs.{name}"
-            for name in ("low_limit", "high_limit")
-            if name not in limits
-        ]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        require_fields("Chronos-T5", fields, top, chronos_config=inner)
+        require_fields("Chronos-T5", limits, ("low_limit", "high_limit"))
         other = [
             f"{name} is {told!r}, not {known!r}"
             for name, told, known in (
@@ -349,7 +342,7 @@ def pick_gumbel(y: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.argmax(y + noise, axis=-1)
 
 
-def forecast_of(samples: jax.Array, levels: tuple[float, ...] = LEVELS) -> Forecast:
+def forecast_of(samples: jax.Array, levels: tuple[float, ...] = DECILES) -> Forecast:
     """The forecast that sampled paths [B, C, H, samples] make: their mean, and their quantiles
     (interpolated).
     """
@@ -406,8 +399,8 @@ class ChronosT5(Model):
 
     family = "chronos_t5"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^shared$"  # the output layer, which is the embedding of the input too
+    # The output layer is the embedding of the input too.
+    heads = ("shared",)
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
@@ -435,6 +428,10 @@ class ChronosT5(Model):
             top_k=50,
             init_factor=1.0,
         )
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def eval_batch(self) -> int:

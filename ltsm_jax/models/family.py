@@ -27,6 +27,9 @@ Batch = Mapping[str, jax.Array]
 [B, K', L + H], see `predict_with`.
 """
 
+COVARIATES = frozenset({"past", "known"})
+"""All kinds of covariates, see `Model.predict_with`."""
+
 Task = Literal["forecasting", "imputation", "anomaly", "classification", "embedding"]
 
 
@@ -99,15 +102,12 @@ class Model(abc.ABC):
     # config by published name: checkpoint file stem, or hub name "owner/name" or
     # "owner/name@revision"
     published: ClassVar[Mapping[str, Any]] = {}
-    head_leaves: ClassVar[str]  # regular expression: the leaves that linear probing trains
+    # modules or leaves that turn what the body gives into forecasts; of several alike, called
+    # head_0, head_1, ..., the name without its number
+    heads: ClassVar[tuple[str, ...]] = ("head",)
     tasks: ClassVar[tuple[Task, ...]]
     licence: ClassVar[str]  # of the published weights
     head_names: ClassVar[tuple[str, ...]] = ()  # heads that `with_head` can put on
-    # kinds of covariates that `predict_with` takes: "past" and "known"
-    covariates: ClassVar[frozenset[str]] = frozenset()
-    # NaN in front of a context give the forecast (of a sampling family, its distribution) of the
-    # context without them
-    missing_in_front: ClassVar[bool] = False
     # the training loss is a mean over rows, so that parts of a batch give the gradient of the whole
     rows_apart: ClassVar[bool] = True
     # regular expression: the leaves of a model with further scales that msft trains; None:
@@ -116,8 +116,6 @@ class Model(abc.ABC):
     # weights are of the order of 1 at any width: the factor that is part of them elsewhere stands
     # in the forward pass
     unit_scaled: ClassVar[bool] = False
-    # regular expression: leaves that are data, never trained and never mixed
-    fixed: ClassVar[str | None] = None
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]
     ]  # regex of the path -> mesh axis per dimension
@@ -153,6 +151,28 @@ class Model(abc.ABC):
     def config_to_dict(self) -> dict[str, Any]:
         """The config as JSON types, for config.json of a model folder."""
         return dataclasses.asdict(self.config)
+
+    @property
+    def head_leaves(self) -> str:
+        """Regular expression of the leaves of `heads`: those that linear probing trains."""
+        return rf"^({'|'.join(self.heads)})(_\d+)?(/|$)"
+
+    @property
+    def fixed(self) -> str | None:
+        """Regular expression of the leaves that are data, never trained and never mixed."""
+        return None
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        """Kinds of covariates that `predict_with` takes, of `COVARIATES`."""
+        return frozenset()
+
+    @property
+    def missing_in_front(self) -> bool:
+        """Whether NaN in front of a context give the forecast (of a sampling family, its
+        distribution) of the context without them.
+        """
+        return False
 
     @property
     def variates(self) -> Literal["independent", "joint"]:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from ltsm_jax.layers import mixture, multiscale, packed
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context, row_keys
-from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.mlp import GatedMLP
@@ -46,6 +46,7 @@ from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -83,22 +84,16 @@ class MoiraiConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.d_model,
-            self.head_dim,
-            self.max_seq_len,
-            self.context_len,
-            self.horizon,
-            self.n_samples,
-        )
-        if min(*sizes, *self.patch_sizes, 1) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("d_model", "head_dim", "max_seq_len", "context_len", "horizon", "n_samples")
+        problems += field_problems(self, *sizes, "patch_sizes")
+        if self.fixed_scale == 0:
+            problems.append("fixed_scale must be positive")
         if self.head_dim % 4:
             problems.append(
                 "half a head turns in pairs, so head_dim must be a multiple of 4, got "
                 f"{self.head_dim}"
             )
-        if not self.patch_sizes or len(set(self.patch_sizes)) < len(self.patch_sizes):
+        if len(set(self.patch_sizes)) < len(self.patch_sizes):
             problems.append(f"patch_sizes must be different numbers: {self.patch_sizes}")
         if self.patch_size not in ("auto", *self.patch_sizes):
             problems.append(
@@ -108,12 +103,7 @@ class MoiraiConfig:
             problems.append(
                 f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}"
             )
-        if self.variates not in ("joint", "independent"):
-            problems.append(f"variates must be joint or independent, got {self.variates!r}")
-        if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1 and self.fixed_scale > 0):
-            problems.append(f"dropout must be in [0, 1) and the fixed scale positive: {self}")
-        if problems:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -121,12 +111,8 @@ class MoiraiConfig:
     ) -> "MoiraiConfig":
         """Equal layers; heads split the model width, by default as in the original."""
         heads = d_model // HEAD_DIM if heads is None else heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
+        head_dim = head_width(d_model, heads)
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
-        head_dim = d_model // heads
         return cls(d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest)
 
     @classmethod
@@ -137,8 +123,7 @@ class MoiraiConfig:
         mixture.
         """
         required = ("d_model", "num_layers", "patch_sizes", "distr_output")
-        if missing := [name for name in required if name not in fields]:
-            raise ValueError(f"the config of a Moirai checkpoint lacks {', '.join(missing)}")
+        require_fields("Moirai", fields, required)
         kinds, fixed_scale = mixture.read_published(fields["distr_output"])
         return cls.of(
             int(fields["d_model"]),
@@ -295,7 +280,6 @@ class Moirai(Model):
 
     family = "moirai"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     # beside what is new: as in MSFT, not the embedding, the projections of attention and the
     # feed-forward layers

@@ -27,7 +27,7 @@ import numpy as np
 from ltsm_jax.layers import packed
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
@@ -35,7 +35,8 @@ from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, Tokens, observed_series
-from ltsm_jax.layers.quantiles import median_of
+from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -58,7 +59,7 @@ class Moirai2Config:
     head_dim: int
     layers: tuple[LayerDims, ...]
     n_patches: int = 4
-    levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    levels: tuple[float, ...] = DECILES
     max_seq_len: int = 512
     scaling: bool = True
     dropout: float = 0.0
@@ -69,36 +70,14 @@ class Moirai2Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.patch_size,
-            self.d_model,
-            self.head_dim,
-            self.n_patches,
-            self.max_seq_len,
-            self.context_len,
-        )
-        if min(*sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("patch_size", "d_model", "head_dim", "n_patches", "max_seq_len", "context_len")
+        problems += field_problems(self, *sizes) + level_problems(self.levels)
         if self.head_dim % 4:
             problems.append(
                 "half a head turns in pairs, so head_dim must be a multiple of 4, got "
                 f"{self.head_dim}"
             )
-        if (
-            not self.levels
-            or sorted(set(self.levels)) != list(self.levels)
-            or not 0 < min(self.levels) <= max(self.levels) < 1
-        ):
-            problems.append(f"levels must be numbers between 0 and 1, in order: {self.levels}")
-        if self.variates not in ("joint", "independent") or self.missing not in ("mean", "zero"):
-            problems.append(
-                "variates must be joint or independent and missing mean or zero: "
-                f"{self.variates!r}, {self.missing!r}"
-            )
-        if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1):
-            problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.attn_dropout}")
-        if problems:
-            raise ValueError("Moirai2Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -106,14 +85,9 @@ class Moirai2Config:
     ) -> "Moirai2Config":
         """Equal layers; heads split the model width, by default as in the original."""
         heads = d_model // HEAD_DIM if heads is None else heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
-        head_dim = d_model // heads
-        return cls(
-            patch_size, d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest
-        )
+        head_dim = head_width(d_model, heads)
+        equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
+        return cls(patch_size, d_model, head_dim, equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "Moirai2Config":
@@ -121,18 +95,10 @@ class Moirai2Config:
 
         Raises: ValueError naming the fields that are missing.
         """
-        required = (
-            "patch_size",
-            "d_model",
-            "d_ff",
-            "num_layers",
-            "num_predict_token",
-            "quantile_levels",
-        )
-        if missing := [name for name in required if name not in fields]:
-            raise ValueError(f"the config of a Moirai 2 checkpoint lacks {', '.join(missing)}")
+        sizes = ("patch_size", "d_model", "d_ff", "num_layers")
+        require_fields("Moirai 2", fields, (*sizes, "num_predict_token", "quantile_levels"))
         return cls.of(
-            *(int(fields[name]) for name in required[:4]),
+            *(int(fields[name]) for name in sizes),
             n_patches=int(fields["num_predict_token"]),
             levels=tuple(map(float, fields["quantile_levels"])),
             max_seq_len=int(fields.get("max_seq_len", 512)),
@@ -237,7 +203,6 @@ class Moirai2(Model):
 
     family = "moirai_2"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-2.0-R)"
     shard_rules = (

@@ -30,7 +30,7 @@ import numpy as np
 from ltsm_jax.layers import experts, mixture, packed
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context, row_keys
-from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
@@ -38,6 +38,7 @@ from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -83,16 +84,10 @@ class MoiraiMoeConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.d_model,
-            self.head_dim,
-            self.max_seq_len,
-            self.context_len,
-            self.horizon,
-            self.n_samples,
-        )
-        if min(*sizes, *self.patch_sizes, 1) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("d_model", "head_dim", "max_seq_len", "context_len", "horizon", "n_samples")
+        problems += field_problems(self, *sizes, "patch_sizes")
+        if self.fixed_scale == 0:
+            problems.append("fixed_scale must be positive")
         if self.head_dim % 4:
             problems.append(
                 "half a head turns in pairs, so head_dim must be a multiple of 4, got "
@@ -115,12 +110,7 @@ class MoiraiMoeConfig:
                     f"a layer has at least {TOP_K} experts from 0 to {self.n_experts - 1}, got "
                     f"{ids}"
                 )
-        if self.variates not in ("joint", "independent"):
-            problems.append(f"variates must be joint or independent, got {self.variates!r}")
-        if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1 and self.fixed_scale > 0):
-            problems.append(f"dropout must be in [0, 1) and the fixed scale positive: {self}")
-        if problems:
-            raise ValueError("MoiraiMoeConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -136,14 +126,11 @@ class MoiraiMoeConfig:
         original.
         """
         heads = d_model // HEAD_DIM if heads is None else heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
+        head_dim = head_width(d_model, heads)
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
         experts_of_layer = ExpertDims(tuple(range(n_experts)), d_ff)
-        layer = MoiraiMoeLayer(HeadDims.of(heads, d_model // heads), experts_of_layer)
-        return cls(d_model, d_model // heads, (layer,) * layers, n_experts=n_experts, **rest)
+        layer = MoiraiMoeLayer(HeadDims.of(heads, head_dim), experts_of_layer)
+        return cls(d_model, head_dim, (layer,) * layers, n_experts=n_experts, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiMoeConfig":
@@ -153,8 +140,7 @@ class MoiraiMoeConfig:
         mixture.
         """
         required = ("d_model", "num_layers", "patch_sizes", "distr_output")
-        if missing := [name for name in required if name not in fields]:
-            raise ValueError(f"the config of a Moirai-MoE checkpoint lacks {', '.join(missing)}")
+        require_fields("Moirai-MoE", fields, required)
         kinds, fixed_scale = mixture.read_published(fields["distr_output"])
         patch_sizes, d_ff = tuple(int(p) for p in fields["patch_sizes"]), fields.get("d_ff")
         return cls.of(
@@ -345,10 +331,8 @@ class MoiraiMoe(Model):
 
     family = "moirai_moe"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-moe-1.0-R)"
-    fixed = r"^centroid$"
     shard_rules = (
         (r"^(embed|residual|feature)/kernel$", (None, None, "fsdp")),
         (r"^head/.*/kernel$", (None, "fsdp", None)),
@@ -373,6 +357,10 @@ class MoiraiMoe(Model):
             horizon=8,
             n_samples=10,
         )
+
+    @property
+    def fixed(self) -> str | None:
+        return r"^centroid$"
 
     @property
     def eval_batch(self) -> int:

@@ -45,6 +45,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows
 from ltsm_jax.layers.network import run_network
 from ltsm_jax.layers.positions import require_table
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree, flatten
@@ -97,34 +98,22 @@ class MomentConfig:
     vocab_size: int = 32128
 
     def __post_init__(self):
-        problems = []
-        sizes = (self.d_model, self.head_dim, self.patch_len, self.context_len, self.table_len)
-        if min(sizes) < 1 or self.d_model % 2:
-            problems.append(
-                f"every size must be positive, d_model even for the sinusoid table: {self}"
-            )
-        elif not 1 <= self.n_patches <= self.table_len:
+        sizes = ("d_model", "head_dim", "patch_len", "context_len", "table_len")
+        problems = field_problems(self, *sizes)
+        if self.d_model % 2:
+            problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
+        if self.patch_len > 0 and not 1 <= self.n_patches <= self.table_len:
             problems.append(
                 f"the context ({self.context_len} steps) must be 1 to {self.table_len} patches of "
                 f"{self.patch_len}"
             )
-        needs = {
-            "reconstruction": (),
-            "forecasting": ("horizon",),
-            "classification": ("n_classes",),
-        }
-        if self.head not in needs:
-            problems.append(f"the head is one of {', '.join(needs)}, not {self.head!r}")
-        elif lacking := [name for name in needs[self.head] if getattr(self, name) < 1]:
-            problems.append(f"a {self.head} head needs {', '.join(lacking)} of at least 1")
-        if self.reduction not in ("concat", "mean"):
-            problems.append(f"reduction is concat or mean, not {self.reduction!r}")
-        elif self.head == "classification" and self.reduction == "concat" and self.n_variates < 1:
+        if self.head == "forecasting" and self.horizon < 1:
+            problems.append("a forecasting head needs horizon of at least 1")
+        if self.head == "classification" and self.n_classes < 1:
+            problems.append("a classification head needs n_classes of at least 1")
+        if self.head == "classification" and self.reduction == "concat" and self.n_variates < 1:
             problems.append("a classification head that reads all variates needs n_variates")
-        if not all(0 <= rate < 1 for rate in (self.dropout, self.patch_dropout, self.head_dropout)):
-            problems.append("dropout rates must lie in [0, 1)")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(self, problems)
         _ = self.stack  # its own checks
 
     @property
@@ -168,10 +157,7 @@ class MomentConfig:
         if not isinstance(inner, Mapping):
             raise ValueError("the config of a MOMENT checkpoint lacks t5_config")
         sizes = ("num_layers", "d_model", "d_ff", "num_heads", "d_kv")
-        missing = [name for name in ("seq_len", "patch_len") if name not in fields]
-        missing += [f"t5_config.{name}" for name in sizes if name not in inner]
-        if missing:
-            raise ValueError(f"the config of a MOMENT checkpoint lacks {', '.join(missing)}")
+        require_fields("MOMENT", fields, ("seq_len", "patch_len"), t5_config=sizes)
         fixed = {
             "transformer_type": ("encoder_only",),
             "patch_stride_len": (fields["patch_len"],),
@@ -333,13 +319,11 @@ class Moment(Model):
 
     family = "moment"
     published = PRESETS
-    head_leaves = r"^head/"
     head_names = ("reconstruction", "forecasting", "classification")
     # A batch's loss is a mean over all of its masked points, and masks are random.
     rows_apart = False
     tasks = ("forecasting", "imputation", "anomaly", "classification", "embedding")
     licence = "MIT (AutonLab/MOMENT-1)"
-    fixed = r"^position_table$"
     shard_rules = (
         *t5.SHARD_RULES,
         (r"^embed/kernel$", (None, "fsdp")),
@@ -364,6 +348,10 @@ class Moment(Model):
             table_len=64,
             vocab_size=32,
         )
+
+    @property
+    def fixed(self) -> str | None:
+        return r"^position_table$"
 
     @property
     def horizon(self) -> int:

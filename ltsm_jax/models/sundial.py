@@ -27,15 +27,16 @@ import numpy as np
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, roll_out
 from ltsm_jax.layers.context import check_context, row_keys
-from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
-from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.mlp import ACTIVATIONS, GatedMLP
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.patches import token_labels
+from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -72,61 +73,39 @@ class SundialConfig:
     sampling_steps: int = 50
     train_draws: int = 4
     n_samples: int = 20
-    activation: str = "silu"
+    activation: HiddenAct = "silu"
     dropout: float = 0.1
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
-        sizes = (
-            self.patch_len,
-            self.horizon,
-            self.d_model,
-            self.head_dim,
-            self.embed_dim,
-            self.context_len,
-        )
-        counts = (self.sampling_steps, self.train_draws, self.n_samples, self.max_positions)
-        if min(*sizes, *counts) < 1 or self.flow_depth < 0:
-            problems.append(f"every size must be positive: {self}")
-        if self.flow_depth > MAX_FLOW_DEPTH:
-            problems.append(f"flow_depth may be at most {MAX_FLOW_DEPTH}, got {self.flow_depth}")
+        sizes = ("patch_len", "horizon", "d_model", "head_dim", "embed_dim", "context_len")
+        counts = ("sampling_steps", "train_draws", "n_samples", "max_positions")
+        problems += field_problems(self, *sizes, *counts)
+        if not 0 <= self.flow_depth <= MAX_FLOW_DEPTH:
+            problems.append(f"flow_depth must be 0 to {MAX_FLOW_DEPTH}, got {self.flow_depth}")
         if self.head_dim % 2:
             problems.append(
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
             )
-        if (
-            self.activation not in HIDDEN_ACTS
-            or not 0 <= self.dropout < 1
-            or not self.init_std >= 0
-        ):
-            problems.append(
-                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
-                ">= 0"
-            )
-        if problems:
-            raise ValueError("SundialConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "SundialConfig":
         """From the fields of the hub's config.json. The context is not among them: 180 patches are
         taken.
         """
-        d, heads, layers = (
-            fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        )
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
-            )
+        d_model, heads = fields["hidden_size"], fields["num_attention_heads"]
+        layers, ffn = fields["num_hidden_layers"], fields["intermediate_size"]
+        head_dim = head_width(d_model, heads)
         return cls(
             patch_len=fields["input_token_len"],
             horizon=fields["output_token_lens"][-1],
-            d_model=d,
-            head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, ffn=fields["intermediate_size"]),
-            embed_dim=fields["intermediate_size"],
+            d_model=d_model,
+            head_dim=head_dim,
+            layers=equal_layers(layers, heads, head_dim, ffn=ffn),
+            embed_dim=ffn,
             flow_depth=fields.get("flow_loss_depth", 3),
             context_len=PATCHES * fields["input_token_len"],
             sampling_steps=fields.get("num_sampling_steps", 50),
@@ -282,7 +261,7 @@ class Sundial(Model):
 
     family = "sundial"
     published = PRESETS
-    head_leaves = r"^flow/"
+    heads = ("flow",)
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/sundial-base-128m)"
     shard_rules = (

@@ -31,14 +31,15 @@ from ltsm_jax.layers import experts
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, greedy_sizes, roll_out
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, head_width, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
-from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.mlp import ACTIVATIONS, GatedMLP
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
+from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -79,7 +80,7 @@ class TimeMoeConfig:
     max_positions: int = 4096
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
-    activation: str = "silu"
+    activation: HiddenAct = "silu"
     dense: bool = False
     apply_aux: bool = True
     aux_factor: float = 0.02
@@ -88,16 +89,8 @@ class TimeMoeConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
-        sizes = (
-            self.d_model,
-            self.head_dim,
-            self.context_len,
-            self.max_positions,
-            self.n_experts,
-            self.top_k,
-        )
-        if min(*sizes, *(self.horizons or (0,))) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("d_model", "head_dim", "context_len", "max_positions", "horizons")
+        problems += field_problems(self, *sizes, "n_experts", "top_k")
         if self.head_dim % 2:
             problems.append(
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
@@ -111,17 +104,7 @@ class TimeMoeConfig:
             problems.append(f"horizons must differ, got {self.horizons}")
         if self.dense and self.apply_aux:
             problems.append("a dense model has no router, so apply_aux must be off")
-        if (
-            self.activation not in HIDDEN_ACTS
-            or not 0 <= self.dropout < 1
-            or not self.init_std >= 0
-        ):
-            problems.append(
-                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
-                ">= 0"
-            )
-        if problems:
-            raise ValueError("TimeMoeConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimeMoeConfig":
@@ -131,22 +114,19 @@ class TimeMoeConfig:
         names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
         d, heads, layers, inner = (fields[n] for n in names)
         n_experts, top_k = fields.get("num_experts", 8), fields.get("num_experts_per_tok", 2)
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
-            )
+        head_dim = head_width(d, heads)
         if top_k < 1 or inner < top_k:
             raise ValueError(
                 f"intermediate_size ({inner}) is shared out among num_experts_per_tok ({top_k})"
             )
         layer = TimeMoeLayer(
-            attn=HeadDims.of(heads, d // heads, fields.get("num_key_value_heads") or heads),
+            attn=HeadDims.of(heads, head_dim, fields.get("num_key_value_heads") or heads),
             experts=ExpertDims(tuple(range(n_experts)), inner // top_k),
             shared=inner,
         )
         return cls(
             d_model=d,
-            head_dim=d // heads,
+            head_dim=head_dim,
             layers=(layer,) * layers,
             horizons=tuple(fields["horizon_lengths"]),
             n_experts=n_experts,
@@ -361,9 +341,7 @@ class TimeMoe(Model):
 
     family = "time_moe"
     published = PRESETS
-    missing_in_front = True
     rows_apart = False  # the balance term is of all tokens of a batch
-    head_leaves = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"
     shard_rules = (
@@ -396,6 +374,10 @@ class TimeMoe(Model):
             top_k=2,
             context_len=48,
         )
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def horizon(self) -> int:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
@@ -29,6 +29,7 @@ from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.patches import newest_patches
 from ltsm_jax.layers.positions import sinusoids
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -61,9 +62,9 @@ class TimerConfig:
         problems = layer_problems(self.layers, self.head_dim, scores={"attn": "channels"})
         if self.d_model % 2:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
-        sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.horizon)
-        if min(*sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
+        problems += field_problems(
+            self, "patch_len", "d_model", "head_dim", "context_len", "horizon"
+        )
         if self.context_len < self.patch_len:
             problems.append(
                 f"the context ({self.context_len}) must hold one patch ({self.patch_len})"
@@ -73,27 +74,16 @@ class TimerConfig:
                 f"one step predicts one patch ({self.patch_len}), so the horizon cannot be "
                 f"{self.horizon}"
             )
-        if self.activation not in ("gelu", "relu") or not 0 <= self.dropout < 1:
-            problems.append(
-                f"activation must be gelu or relu and dropout in [0, 1): {self.activation}, "
-                f"{self.dropout}"
-            )
-        if problems:
-            raise ValueError("TimerConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
         cls, patch_len: int, d_model: int, d_ff: int, layers: int, heads: int, **rest
     ) -> "TimerConfig":
         """Equal layers; heads split the model width as in the original."""
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
-        head_dim = d_model // heads
-        return cls(
-            patch_len, d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest
-        )
+        head_dim = head_width(d_model, heads)
+        equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
+        return cls(patch_len, d_model, head_dim, equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerConfig":
@@ -102,26 +92,18 @@ class TimerConfig:
 
         Raises: ValueError naming the options that are missing.
         """
-        missing = [
-            name
-            for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
-            if name not in fields
-        ]
-        if missing:
-            raise ValueError(f"the config of a Timer checkpoint lacks {', '.join(missing)}")
-        rest = {
-            ours: fields[theirs]
-            for ours, theirs in (("context_len", "seq_len"), ("dropout", "dropout"))
-            if theirs in fields
-        }
+        names = ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
+        require_fields("Timer", fields, names)
+        options = (("context_len", "seq_len"), ("dropout", "dropout"))
+        rest = {ours: fields[theirs] for ours, theirs in options if theirs in fields}
         task = fields.get("task_name", "forecasting")
-        # The original: anything else is gelu.
+
+        # One step predicts one patch: a longer forecast of the scripts is rolled out. For them
+        # every activation but relu is gelu.
+        patch_len = int(fields["patch_len"])
         return cls.of(
-            *(
-                int(fields[name])
-                for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
-            ),
-            horizon=min(int(fields.get("pred_len", fields["patch_len"])), int(fields["patch_len"])),
+            *(int(fields[name]) for name in names),
+            horizon=min(int(fields.get("pred_len", patch_len)), patch_len),
             task={"forecast": "forecasting", "anomaly_detection": "anomaly"}.get(task, task),
             activation="relu" if fields.get("activation") == "relu" else "gelu",
             **rest,
@@ -140,9 +122,8 @@ PRESETS = {
     ),
     # ours, small enough to ship and to train on a laptop
     "timer-tiny": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
-    "timer-median": TimerConfig.of(
-        96, 128, 256, 4, 4, context_len=672, horizon=96
-    ),  # timer-tiny, on absolute error
+    # timer-tiny, trained on absolute error
+    "timer-median": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
     "timer-tiny-imputation": TimerConfig.of(
         24, 128, 256, 4, 4, context_len=192, horizon=24, task="imputation"
     ),
@@ -237,7 +218,6 @@ class Timer(Model):
 
     family = "timer"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting", "imputation", "anomaly")
     licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
     shard_rules = (

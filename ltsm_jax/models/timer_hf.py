@@ -32,13 +32,14 @@ from ltsm_jax.layers.causal import (
     roll_out,
 )
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
-from ltsm_jax.layers.mlp import HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.patches import token_labels
+from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -69,7 +70,7 @@ class TimerHfConfig:
     layers: tuple[LayerDims, ...]
     horizons: tuple[int, ...]
     context_len: int
-    activation: str = "silu"
+    activation: HiddenAct = "silu"
     dropout: float = 0.0
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
@@ -77,9 +78,8 @@ class TimerHfConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
-        sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.max_positions)
-        if min(*sizes, *self.horizons, *([] if self.horizons else [0])) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("patch_len", "d_model", "head_dim", "context_len", "max_positions", "horizons")
+        problems += field_problems(self, *sizes)
         if self.head_dim % 2:
             problems.append(
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
@@ -90,37 +90,21 @@ class TimerHfConfig:
             )
         if len(set(self.horizons)) != len(self.horizons):
             problems.append(f"horizons must differ, got {self.horizons}")
-        if (
-            self.activation not in HIDDEN_ACTS
-            or not 0 <= self.dropout < 1
-            or not self.init_std >= 0
-        ):
-            problems.append(
-                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
-                ">= 0"
-            )
-        if self.scaling not in ("context", "fed", "sequence"):
-            problems.append(f"scaling must be context, fed or sequence, not {self.scaling}")
-        if problems:
-            raise ValueError("TimerHfConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerHfConfig":
         """From the fields of the hub's config.json. The context is not among them: 30 patches are
         taken.
         """
-        d, heads, layers = (
-            fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        )
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
-            )
+        d_model, heads = fields["hidden_size"], fields["num_attention_heads"]
+        layers, ffn = fields["num_hidden_layers"], fields["intermediate_size"]
+        head_dim = head_width(d_model, heads)
         return cls(
             patch_len=fields["input_token_len"],
-            d_model=d,
-            head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, ffn=fields["intermediate_size"]),
+            d_model=d_model,
+            head_dim=head_dim,
+            layers=equal_layers(layers, heads, head_dim, ffn=ffn),
             horizons=tuple(fields["output_token_lens"]),
             context_len=PATCHES * fields["input_token_len"],
             activation=fields.get("hidden_act", "silu"),
@@ -222,7 +206,6 @@ class TimerHf(Model):
 
     family = "timer_hf"
     published = PRESETS
-    head_leaves = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/timer-base-84m)"
     shard_rules = (

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
@@ -35,6 +35,7 @@ from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.patches import newest_patches, token_labels
 from ltsm_jax.layers.rope import rotary
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -68,9 +69,9 @@ class TimerXLConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (self.patch_len, self.horizon, self.d_model, self.head_dim, self.context_len)
-        if min(sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
+        problems += field_problems(
+            self, "patch_len", "horizon", "d_model", "head_dim", "context_len"
+        )
         if self.head_dim % 4:
             problems.append(
                 "half of a head turns in pairs, so its width must be a multiple of 4, not "
@@ -82,13 +83,7 @@ class TimerXLConfig:
             )
         if self.covariate and not self.joint:
             problems.append("covariates need variates that see one another (joint)")
-        if self.activation not in ("relu", "gelu") or not 0 <= self.dropout < 1:
-            problems.append(
-                f"activation must be relu or gelu and dropout in [0, 1): {self.activation}, "
-                f"{self.dropout}"
-            )
-        if problems:
-            raise ValueError("TimerXLConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerXLConfig":
@@ -97,8 +92,7 @@ class TimerXLConfig:
         given).
         """
         d, heads, layers = fields["d_model"], fields["n_heads"], fields["e_layers"]
-        if heads < 1 or d % heads:
-            raise ValueError(f"d_model ({d}) must be a multiple of n_heads ({heads})")
+        head_dim = head_width(d, heads)
         if fields.get("flash_attention"):
             raise ValueError(
                 "flash_attention: that branch of the original mixes up heads and time; set it to "
@@ -109,8 +103,8 @@ class TimerXLConfig:
             patch_len=fields["input_token_len"],
             horizon=fields["output_token_len"],
             d_model=d,
-            head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, ffn=fields["d_ff"]),
+            head_dim=head_dim,
+            layers=equal_layers(layers, heads, head_dim, ffn=fields["d_ff"]),
             context_len=fields.get("seq_len", PATCHES * fields["input_token_len"]),
             joint=not str(fields.get("data", "")).startswith("Univariate"),
             covariate=fields.get("covariate", False),
@@ -247,7 +241,6 @@ class TimerXL(Model):
 
     family = "timer_xl"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "MIT (thuml/OpenLTM)"
     shard_rules = (

@@ -37,14 +37,14 @@ from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
-from ltsm_jax.layers.quantiles import pinball
+from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.residual import ResidualBlock
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 FREQS = 3  # rows of the frequency table
-DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
 # finite: a padded patch, which sees nothing, attends evenly to all.
 UNSEEN = -0.7 * float(np.finfo(np.float32).max)
 LOG2_E = 1.442695041  # as the original rounds it
@@ -80,17 +80,9 @@ class TimesFM1Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.patch_len,
-            self.output_len,
-            self.d_model,
-            self.head_dim,
-            self.block_dim,
-            self.context_len,
-        )
-        if min(sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
-        elif self.context_len % self.patch_len:
+        sizes = ("patch_len", "output_len", "d_model", "head_dim", "block_dim", "context_len")
+        problems += field_problems(self, *sizes)
+        if self.patch_len > 0 and self.context_len % self.patch_len:
             problems.append(
                 f"the context ({self.context_len}) must be whole patches ({self.patch_len})"
             )
@@ -98,16 +90,11 @@ class TimesFM1Config:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
         if any(not 0 < q < 1 for q in self.quantiles):
             problems.append(f"quantiles must lie between 0 and 1: {self.quantiles}")
-        if self.point not in ("median", "mean") or (
-            self.point == "median" and 0.5 not in self.quantiles
-        ):
-            problems.append(
-                f"point must be mean, or median with 0.5 among the quantiles: {self.point}"
-            )
+        if self.point == "median" and 0.5 not in self.quantiles:
+            problems.append(f"a median needs 0.5 among the quantiles: {self.quantiles}")
         if self.freq not in range(FREQS):
             problems.append(f"freq must be 0, 1 or 2, got {self.freq}")
-        if problems:
-            raise ValueError("TimesFM1Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -363,8 +350,6 @@ class TimesFM1(Model):
 
     family = "timesfm_1"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-1.0-200m-pytorch, google/timesfm-2.0-500m-pytorch)"
     shard_rules = (
@@ -391,6 +376,10 @@ class TimesFM1(Model):
             head_dim=8,
             context_len=32,
         )
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def horizon(self) -> int:

@@ -27,21 +27,21 @@ import jax.numpy as jnp
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.quantiles import pinball
+from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
-DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
 LOG2_E = 1.442695041  # as the original rounds it
 MIN_SCALE = 1e-6  # a smaller deviation does not divide
 UNSEEN = -1e30  # finite: a padded patch, which sees nothing, attends evenly to all
@@ -90,18 +90,10 @@ class TimesFM2p5Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.patch_len,
-            self.output_len,
-            self.spread_len,
-            self.d_model,
-            self.head_dim,
-            self.embed_dim,
-        )
-        sizes += (self.point_dim, self.spread_dim, self.context_len, self.max_context)
-        if min(sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
-        elif self.output_len % self.patch_len:
+        lengths = ("patch_len", "output_len", "spread_len", "context_len", "max_context")
+        widths = ("d_model", "head_dim", "embed_dim", "point_dim", "spread_dim")
+        problems += field_problems(self, *lengths, *widths)
+        if self.patch_len > 0 and self.output_len % self.patch_len:
             problems.append(
                 f"an output ({self.output_len}) must be whole patches ({self.patch_len})"
             )
@@ -114,8 +106,7 @@ class TimesFM2p5Config:
                 f"point_column must be one of {1 + len(self.quantiles)} columns, got "
                 f"{self.point_column}"
             )
-        if problems:
-            raise ValueError("TimesFM2p5Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(cls, patch_len, output_len, spread_len, d_model, d_ff, layers, heads, head_dim, **rest):
@@ -141,17 +132,13 @@ class TimesFM2p5Config:
         """
         if "stacked_transformers" not in fields:
             return cls._from_transformers(fields)
-        _need(
-            fields,
-            "input_patch_len output_patch_len output_quantile_len tokenizer "
-            "output_projection_point",
-        )
-        _need(fields, "output_projection_quantiles")
+        names = ("input_patch_len", "output_patch_len", "output_quantile_len", "tokenizer")
+        names += ("output_projection_point", "output_projection_quantiles")
+        inner = ("num_layers", "transformer")
+        require_fields("TimesFM 2.5", fields, names, stacked_transformers=inner)
         stack = fields["stacked_transformers"]
-        layer = _need(stack, "num_layers transformer")["transformer"]
-        _need(layer, "model_dims hidden_dims num_heads")
-        if layer["model_dims"] % layer["num_heads"]:
-            raise ValueError(f"model_dims ({layer['model_dims']}) must be a multiple of num_heads")
+        layer = stack["transformer"]
+        require_fields("TimesFM 2.5", layer, ("model_dims", "hidden_dims", "num_heads"))
         rest = {ours: fields[theirs] for theirs, ours in _RENAMED.items() if theirs in fields}
         return cls.of(
             patch_len=fields["input_patch_len"],
@@ -161,7 +148,7 @@ class TimesFM2p5Config:
             d_ff=layer["hidden_dims"],
             layers=stack["num_layers"],
             heads=layer["num_heads"],
-            head_dim=layer["model_dims"] // layer["num_heads"],
+            head_dim=head_width(layer["model_dims"], layer["num_heads"]),
             embed_dim=fields["tokenizer"]["hidden_dims"],
             point_dim=fields["output_projection_point"]["hidden_dims"],
             spread_dim=fields["output_projection_quantiles"]["hidden_dims"],
@@ -170,18 +157,14 @@ class TimesFM2p5Config:
 
     @classmethod
     def _from_transformers(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
-        names = (
-            "patch_length horizon_length output_quantile_len hidden_size intermediate_size "
-            "num_hidden_layers"
-        )
-        names += " num_attention_heads head_dim"
-        _need(fields, names)
+        names = ("patch_length", "horizon_length", "output_quantile_len", "hidden_size")
+        names += ("intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+        require_fields("TimesFM 2.5", fields, names)
         renamed = _RENAMED | {"context_length": "max_context", "rms_norm_eps": "norm_eps"}
-        renamed |= {
-            name: name for name in ("use_continuous_quantile_head", "force_flip_invariance")
-        }
+        for name in ("use_continuous_quantile_head", "force_flip_invariance"):
+            renamed[name] = name
         rest = {ours: fields[theirs] for theirs, ours in renamed.items() if theirs in fields}
-        sizes: Any = [fields[name] for name in names.split()]
+        sizes: Any = [fields[name] for name in names]
         return cls.of(*sizes, **cls._options(rest))
 
     @classmethod
@@ -195,13 +178,6 @@ _RENAMED = {
     "quantiles": "quantiles",
     "decode_index": "point_column",
 }
-
-
-def _need(fields: Mapping[str, Any], names: str) -> Mapping[str, Any]:
-    missing = [name for name in names.split() if name not in fields]
-    if missing:
-        raise ValueError(f"the config of a TimesFM 2.5 checkpoint lacks {', '.join(missing)}")
-    return fields
 
 
 # from TimesFM_2p5_200M_Definition in the original; the config.json of its checkpoint names no sizes
@@ -395,8 +371,7 @@ class TimesFM2p5(Model):
 
     family = "timesfm_2p5"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^(head|spread_head)/"
+    heads = ("head", "spread_head")
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-2.5-200m-pytorch)"
     shard_rules = (
@@ -422,6 +397,10 @@ class TimesFM2p5(Model):
             head_dim=8,
             context_len=32,
         )
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def horizon(self) -> int:

@@ -33,19 +33,19 @@ import numpy as np
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import HeadDims, attention_dims, layer_problems
+from ltsm_jax.layers.dims import HeadDims, attention_dims, head_width, layer_problems
 from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.quantiles import pinball
+from ltsm_jax.layers.quantiles import DECILES, level_problems, pinball
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.timesfm_2p5 import (
-    DECILES,
     LOG2_E,
     MIN_SCALE,
     UNSEEN,
@@ -135,19 +135,14 @@ class TimesFM3Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (self.patch_len, self.output_len, self.d_model, self.head_dim, self.embed_dim)
-        sizes += (self.context_len, self.max_context, self.max_variates)
-        if min(sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
-        elif self.output_len % self.patch_len:
+        problems += level_problems(self.quantiles)
+        sizes = ("patch_len", "output_len", "d_model", "head_dim", "embed_dim", "context_len")
+        problems += field_problems(self, *sizes, "max_context", "max_variates")
+        if self.patch_len > 0 and self.output_len % self.patch_len:
             sizes = f"{self.output_len} of {self.patch_len}"
             problems.append(f"an output must be whole patches, got {sizes}")
         if self.head_dim % 2 and (self.rope_seq or self.rope_var):
             problems.append(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if not self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
-            problems.append(f"quantiles must rise, got {self.quantiles}")
-        elif not 0 < self.quantiles[0] <= self.quantiles[-1] < 1:
-            problems.append(f"quantiles must lie between 0 and 1: {self.quantiles}")
         if not self.value_clip > 0:
             problems.append(f"value_clip must be positive, got {self.value_clip}")
         if not self.detrend_threshold >= 0:
@@ -157,8 +152,7 @@ class TimesFM3Config:
         narrow = [name for name, dims in attention_dims(self.layers) if dims.value != self.head_dim]
         if self.value_norm and narrow:
             problems.append(f"value_norm is over whole values, not those of {', '.join(narrow)}")
-        if problems:
-            raise ValueError("TimesFM3Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @property
     def ahead(self) -> int:
@@ -173,12 +167,11 @@ class TimesFM3Config:
     @classmethod
     def of(cls, patch_len, output_len, d_model, d_ff, layers, heads, **rest) -> "TimesFM3Config":
         """Equal layers, with heads as wide together as the model."""
-        if d_model % heads:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of the heads ({heads})")
         rest = {"embed_dim": d_model} | rest
-        attention = HeadDims.of(heads, d_model // heads)
+        head_dim = head_width(d_model, heads)
+        attention = HeadDims.of(heads, head_dim)
         equal = (TimesFM3Layer(attention, attention, d_ff),) * layers
-        return cls(patch_len, output_len, d_model, d_model // heads, equal, **rest)
+        return cls(patch_len, output_len, d_model, head_dim, equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM3Config":
@@ -186,15 +179,17 @@ class TimesFM3Config:
 
         Raises: ValueError naming the fields that are missing.
         """
-        top = "input_patch_len output_patch_len quantiles residual_block_config transformer_config"
-        _need(fields, top, "")
-        block = fields["residual_block_config"]
-        _need(block, "hidden_dims use_bias activation", "residual_block_config.")
-        stack = fields["transformer_config"]
-        _need(stack, "num_layers transformer", "transformer_config.")
+        require_fields(
+            "TimesFM 3",
+            fields,
+            ("input_patch_len", "output_patch_len", "quantiles"),
+            residual_block_config=("hidden_dims", "use_bias", "activation"),
+            transformer_config=("num_layers", "transformer"),
+        )
+        block, stack = fields["residual_block_config"], fields["transformer_config"]
         layer = stack["transformer"]
-        names = "model_dims hidden_dims num_heads qk_norm use_bias use_rope_seq use_rope_var"
-        _need(layer, names + " ff_activation", "transformer_config.transformer.")
+        names = ("model_dims", "hidden_dims", "num_heads", "ff_activation", "qk_norm")
+        require_fields("TimesFM 3", layer, (*names, "use_bias", "use_rope_seq", "use_rope_var"))
 
         options = {ours: fields[theirs] for theirs, ours in OPTIONS.items() if theirs in fields}
         return cls.of(
@@ -231,12 +226,6 @@ OPTIONS = {  # the published name of a field of its own, ours
     "use_iterative_cpm_revin": "refine",
     "use_frozen_running_stats": "frozen_stats",
 }
-
-
-def _need(fields: Mapping[str, Any], names: str, where: str) -> None:
-    missing = [where + name for name in names.split() if name not in fields]
-    if missing:
-        raise ValueError(f"the config of a TimesFM 3 checkpoint lacks {', '.join(missing)}")
 
 
 # Sizes of the published config.json: 330,710,976 parameters.
@@ -513,9 +502,6 @@ class TimesFM3(Model):
 
     family = "timesfm_3"
     published = PRESETS
-    covariates = frozenset({"past", "known"})
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "timesfm-non-commercial-license-v1.0, non-commercial (google/timesfm-3.0-pytorch)"
     shard_rules = (
@@ -536,6 +522,14 @@ class TimesFM3(Model):
         return TimesFM3Config.of(
             patch_len=8, output_len=16, d_model=16, d_ff=24, layers=2, heads=2, context_len=32
         )
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        return COVARIATES
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def variates(self) -> Literal["independent", "joint"]:

@@ -34,7 +34,6 @@ S tokens that have been read, V width of the mLSTM's values, E width of an sLSTM
 import dataclasses
 import functools
 import math
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -54,9 +53,10 @@ from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.quantiles import median_of, pinball
+from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of, pinball
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
@@ -78,7 +78,6 @@ PLAIN_FACTOR, PLAIN_POWER = math.sqrt(0.9), 0.02
 SUMMED_FACTOR, SUMMED_POWER = math.sqrt(1.68), 0.01
 
 MEMORY = 1 << 30  # bytes that the activations of one evaluation batch may take
-DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 Kind = Literal["mlstm", "slstm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -141,13 +140,11 @@ class TiRex2Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (self.d_model, self.qk_dim, self.value_dim, self.slstm_dim, self.head_dim)
-        others = (self.embed_dim, self.out_dim, self.patch_len, self.context_len, self.future_len)
-        if min(*sizes, *others) < 1:
-            problems.append("every size must be positive")
-        odd = {layer.kind for layer in self.layers} - {"mlstm", "slstm"}
-        if odd:
-            problems.append(f"a layer's kind must be mlstm or slstm, got {sorted(odd)}")
+        sizes = ("d_model", "qk_dim", "value_dim", "slstm_dim", "head_dim", "embed_dim", "out_dim")
+        problems += field_problems(self, *sizes, "patch_len", "context_len", "future_len")
+        for layer in self.layers:
+            problems += field_problems(layer)
+
         # What an sLSTM head gives has its place in the residual stream.
         slstm = {layer.lstm_heads for layer in self.layers if layer.kind == "slstm"}
         if any(heads * self.slstm_dim != self.d_model for heads in slstm):
@@ -160,19 +157,13 @@ class TiRex2Config:
                 f"future_len must be whole patches of {self.patch_len} steps, got {self.future_len}"
             )
         levels = self.levels
-        if not levels or list(levels) != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < 1:
-            problems.append(f"levels must rise within (0, 1): {levels}")
+        if unfit := level_problems(levels):
+            problems += unfit
         elif len(levels) % 2 == 0:
             problems.append(f"levels must be an odd number, the middle one is the median: {levels}")
         elif self.sign_flip and not np.allclose(levels, 1 - np.asarray(levels)[::-1], atol=1e-6):
             problems.append(f"sign_flip needs levels that are symmetric about 0.5: {levels}")
-        if self.activation not in typing.get_args(Activation):
-            known = ", ".join(typing.get_args(Activation))
-            problems.append(f"activation must be one of {known}, got {self.activation!r}")
-        if not 0 <= self.dropout < 1 or not 0 <= self.block_dropout < 1:
-            problems.append("dropout and block_dropout must be in [0, 1)")
-        if problems:
-            raise ValueError("TiRex2Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -243,9 +234,7 @@ class TiRex2Config:
             "act_func",
             "dropout",
         )
-        missing = [name for name in names if name not in fields]
-        if missing:
-            raise ValueError(f"the config of a TiRex-2 checkpoint lacks {', '.join(missing)}")
+        require_fields("TiRex-2", fields, names)
         d_model, patch = fields["embedding_dim"], fields["input_patch_size"]
         tokenizer = fields.get("tokenizer_cfg", {})
         patches = {fields.get("output_patch_size", patch)}
@@ -919,9 +908,6 @@ class TiRex2(Model):
 
     family = "tirex_2"
     published = PRESETS
-    covariates = frozenset({"past", "known"})
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (NX-AI/TiRex-2)"
     shard_rules = (
@@ -965,6 +951,14 @@ class TiRex2(Model):
             future_len=16,
             levels=(0.1, 0.5, 0.9),
         )
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        return COVARIATES
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def variates(self) -> Literal["independent", "joint"]:

@@ -57,14 +57,15 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, interpolate_missing, mean_observed, mse_observed
 from ltsm_jax.layers.network import nested, run_network
-from ltsm_jax.layers.quantiles import pinball
+from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LEVELS = DECILES
 MEDIAN = LEVELS.index(0.5)
 FLAT_SCALE = 1e-6  # the least deviation of a series
 ROPE_BASE = 10000.0
@@ -137,21 +138,15 @@ class Toto2Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, qk_dim=self.qk_dim)
-        sizes = (
-            self.patch_len,
-            self.d_model,
-            self.qk_dim,
-            self.head_dim,
-            self.attn_width,
-            self.ffn_width,
-        )
-        sizes += (self.window, self.span)
-        if min(sizes) < 1 or self.min_observed < 0:
-            problems.append(f"every size must be positive: {self}")
-        elif self.block_len is not None and (self.block_len < 1 or self.block_len % self.patch_len):
-            problems.append(
-                f"block_len must be whole patches of {self.patch_len} steps, got {self.block_len}"
-            )
+        sizes = ("patch_len", "d_model", "qk_dim", "head_dim", "attn_width", "ffn_width")
+        problems += field_problems(self, *sizes, "window", "span")
+        for layer in self.layers:
+            problems += field_problems(layer)
+        if self.min_observed < 0:
+            problems.append(f"min_observed must not be negative, got {self.min_observed}")
+        block = self.patch_len if self.block_len is None else self.block_len
+        if block < 1 or (self.patch_len > 0 and block % self.patch_len):
+            problems.append(f"block_len must be whole patches of {self.patch_len}, got {block}")
         if self.qk_dim % 4:
             problems.append(
                 "half of a head turns in pairs, so qk_dim must be a multiple of 4, "
@@ -159,20 +154,7 @@ class Toto2Config:
             )
         if not (self.residual_mult > 0 and self.residual_ratio > 0 and self.cap >= 0):
             problems.append("residual_mult and residual_ratio must be positive, cap not negative")
-        for name, known in (
-            ("fill", ("last", "linear", "zero")),
-            ("front", ("missing", "zeros")),
-            ("gradient", ("exact", "umup")),
-        ):
-            if getattr(self, name) not in known:
-                problems.append(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        kinds = [layer.kind for layer in self.layers]
-        if any(kind not in ("time", "variate") for kind in kinds):
-            problems.append(f"a layer's kind must be time or variate: {kinds}")
-        if problems:
-            raise ValueError("Toto2Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -216,8 +198,7 @@ class Toto2Config:
           with.
         """
         required = ("patch_size", "d_model", "num_heads", "num_layers")
-        if missing := [name for name in required if name not in fields]:
-            raise ValueError(f"the config of a Toto 2.0 checkpoint lacks {', '.join(missing)}")
+        require_fields("Toto 2.0", fields, required)
         d, heads, layers = fields["d_model"], fields["num_heads"], fields["num_layers"]
         if heads < 1 or (d % heads and not fields.get("qk_dim")):
             raise ValueError(f"d_model ({d}) must be a multiple of num_heads ({heads})")
@@ -662,9 +643,6 @@ class Toto2(Model):
 
     family = "toto_2"
     published = PRESETS
-    covariates = frozenset({"past", "known"})
-    head_leaves = r"^head/"
-    fixed = r"_tau$"
     unit_scaled = True
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Datadog/Toto-2.0)"
@@ -684,7 +662,7 @@ class Toto2(Model):
     )
 
     @property
-    def missing_in_front(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def missing_in_front(self) -> bool:
         """Whether steps in front of a series do not exist."""
         return self.config.front == "missing"
 
@@ -694,6 +672,14 @@ class Toto2(Model):
         # published have.
         more = {"norm_weight": True, "mlp_bias": True, "residual_mult": 2.0, "residual_ratio": 2.0}
         return Toto2Config.of(8, 16, 2, 2, 24, window=56, span=2, **more)
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        return COVARIATES
+
+    @property
+    def fixed(self) -> str | None:
+        return r"_tau$"
 
     @property
     def variates(self) -> Literal["independent", "joint"]:

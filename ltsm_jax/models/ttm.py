@@ -64,6 +64,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.positions import require_table
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, LayerStack
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -146,8 +147,7 @@ class QuantileConfig:
             )
         if self.eps < 0 or self.point_weight < 0 or self.width_weight < 0:
             problems.append("eps and the weights of the loss must not be negative")
-        if problems:
-            raise ValueError("QuantileConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,29 +245,19 @@ class TTMConfig:
     batch_default_scale: bool = False
 
     def __post_init__(self):
-        problems = [
-            *self._problems_of_sizes(),
-            *self._problems_of_channels(),
-            *self._problems_of_choices(),
-            *self._problems_of_r3(),
-        ]
-        if problems:
-            raise ValueError("TTMConfig: " + "; ".join(problems))
+        sizes = ("context_len", "horizon", "patch_len", "patch_stride", "d_model", "n_channels")
+        problems = field_problems(self, *sizes, "decoder_d_model", "spectrum_least", "gate_groups")
+        if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
+            problems.append(f"norm_eps, huber_delta > 0 and quantile in (0, 1): {self}")
+        problems += self._problems_of_sizes()
+        problems += self._problems_of_channels()
+        problems += self._problems_of_r3()
+        refuse(self, problems)
 
     def _problems_of_sizes(self) -> list[str]:
         """Say which lengths and widths do not go together."""
         problems = []
-        sizes = (
-            self.context_len,
-            self.horizon,
-            self.patch_len,
-            self.patch_stride,
-            self.d_model,
-            self.n_channels,
-        )
-        if min(*sizes, self.decoder_d_model) < 1:
-            problems.append(f"every size must be positive: {self}")
-        elif self.context_len <= self.patch_len:
+        if self.context_len <= self.patch_len:
             problems.append(
                 f"the context ({self.context_len}) must be longer than a patch ({self.patch_len})"
             )
@@ -328,34 +318,11 @@ class TTMConfig:
             problems.append(f"fcm_offset must be at least 1, or None, got {self.fcm_offset}")
         return problems
 
-    def _problems_of_choices(self) -> list[str]:
-        """Say which options have no such value, and which numbers are out of their range."""
-        problems = []
-        for name, told, allowed in (
-            ("norm", self.norm, ("LayerNorm", "BatchNorm")),
-            ("position", self.position, (None, "sincos", "random")),
-            ("scaling", self.scaling, (None, "std", "mean")),
-            ("loss", self.loss, ("mse", "mae", "pinball", "huber")),
-            ("fill", self.fill, ("zero", "mean")),
-            ("gate", self.gate, ("softmax", "sigmoid", "glu", "group_sigmoid")),
-        ):
-            if told not in allowed:
-                problems.append(
-                    f"{name} must be one of {', '.join(map(str, allowed))}, got {told!r}"
-                )
-        if not (0 <= self.dropout < 1 and 0 <= self.head_dropout < 1):
-            problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.head_dropout}")
-        if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
-            problems.append(f"norm_eps, huber_delta > 0 and quantile in (0, 1): {self}")
-        return problems
-
     def _problems_of_r3(self) -> list[str]:
         """Say what can't be among the options that came with r3."""
         problems = []
-        if min(self.registers, self.spectrum) < 0 or min(self.spectrum_least, self.gate_groups) < 1:
-            problems.append(
-                "registers and spectrum must not be negative, their widths and groups positive"
-            )
+        if min(self.registers, self.spectrum) < 0:
+            problems.append("registers and spectrum must not be negative")
         bins = self.context_len // 2 + 1 - self.spectrum_skip_mean
         if self.spectrum > bins:
             problems.append(
@@ -1221,7 +1188,7 @@ class Forecasts(Model):
         return self.part.filter_len or self.part.horizon
 
     @property
-    def covariates(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def covariates(self) -> frozenset[str]:
         """Known ahead are exogenous channels, known in the past those that nobody forecasts."""
         return self.part.covariates
 
@@ -1351,8 +1318,7 @@ class TTM(Forecasts):
 
     family = "ttm"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^(head|quantiles)/"
+    heads = ("head", "quantiles")
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2, -r3)"
     shard_rules = (
@@ -1398,7 +1364,11 @@ class TTM(Forecasts):
         )
 
     @property
-    def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def missing_in_front(self) -> bool:
+        return True
+
+    @property
+    def fixed(self) -> str | None:
         """Running statistics of BatchNorm and the computed position table, where the config has
         them.
         """

@@ -28,6 +28,7 @@ import numpy as np
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.network import nested
 from ltsm_jax.models import ttm
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Recipe
 from ltsm_jax.models.groups import LayerStack
 from ltsm_jax.models.ttm import TTM, Forecasts, QuantileConfig, TTMConfig
@@ -76,7 +77,7 @@ class TTMR3Config:
     batch_default_scale: bool = False
 
     def __post_init__(self):
-        problems = []
+        problems = field_problems(self)
         for name in PARTS:
             if getattr(self, name).scaling is not None:
                 problems.append(
@@ -85,12 +86,9 @@ class TTMR3Config:
         odd = [name for name in COMMON if getattr(self.trend, name) != getattr(self.residual, name)]
         if odd:
             problems.append(f"trend and residual must have the same {', '.join(odd)}")
-        if self.scaling not in (None, "std", "mean"):
-            problems.append(f"scaling must be one of std, mean or None, got {self.scaling!r}")
         if min(self.joint_weight, self.trend_weight, self.residual_weight) < 0:
             problems.append("the weights of the losses must not be negative")
-        if problems:
-            raise ValueError("TTMR3Config: " + "; ".join(problems))
+        refuse(self, problems)
 
 
 def _published(
@@ -210,7 +208,7 @@ class TTMR3(Forecasts):
 
     family = "ttm_r3"
     published = PRESETS
-    head_leaves = r"^(trend|residual)/(head|quantiles)/"
+    heads = ("trend/head", "trend/quantiles", "residual/head", "residual/quantiles")
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r3)"
     shard_rules = TTM.shard_rules
@@ -263,7 +261,7 @@ class TTMR3(Forecasts):
         return TTM(self.config.residual)
 
     @property
-    def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def fixed(self) -> str | None:
         """The leaves that either part never trains."""
         found = {part.fixed for _, part in self._parts() if part.fixed}
         return "|".join(sorted(found)) or None

@@ -31,7 +31,7 @@ import numpy as np
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import layer_problems
+from ltsm_jax.layers.dims import head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
@@ -39,6 +39,7 @@ from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.positions import sinusoids
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, LayerStack
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -103,8 +104,7 @@ class UnitsConfig:
 
     def __post_init__(self):
         problems, tasks = layer_problems(self.layers, self.head_dim), self.tasks
-        if min(self.d_model, self.head_dim, self.patch_len, self.prompt_len) < 1:
-            problems.append("every size must be positive")
+        problems += field_problems(self, "d_model", "head_dim", "patch_len", "prompt_len")
         if self.d_model % CLASS_HEADS or self.d_model % 2:
             problems.append(f"d_model must be a multiple of {CLASS_HEADS}, got {self.d_model}")
         if any(layer.ffn % 2 for layer in self.layers):
@@ -127,10 +127,7 @@ class UnitsConfig:
         ]
         if self.dataset and self.dataset not in sizes:
             problems.append(f"no task has the data set {self.dataset!r}; known: {', '.join(sizes)}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must lie in [0, 1): {self.dropout}")
-        if problems:
-            raise ValueError("UnitsConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -139,12 +136,8 @@ class UnitsConfig:
         """Equal layers; heads split the model width and the feed-forward width is 8 D, as in the
         original.
         """
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
         equal = (UnitsLayer(heads, heads, 8 * d_model),) * layers
-        return cls(d_model, d_model // heads, equal, tasks, **rest)
+        return cls(d_model, head_width(d_model, heads), equal, tasks, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "UnitsConfig":
@@ -549,7 +542,7 @@ class Units(Model):
 
     family = "units"
     published = PRESETS
-    head_leaves = r"^forecast_head/"
+    heads = ("forecast_head",)
     tasks = ("forecasting", "imputation", "anomaly", "classification")
     head_names = ("classification",)
     licence = "MIT (mims-harvard/UniTS)"

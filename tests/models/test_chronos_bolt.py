@@ -161,7 +161,7 @@ def test_eval_batch_shrinks_with_the_model():
 def test_config_errors_are_all_told():
     with pytest.raises(
         ValueError,
-        match=r"every size must be positive; .*leave points out; levels must.*start_token",
+        match=r"patch_len must be positive, got 0; .*leave points out; levels must.*start_token",
     ):
         dataclasses.replace(SMALL, patch_len=0, levels=(0.5, 0.1), start_token=2)
     with pytest.raises(ValueError, match=r"lacks num_heads, .*chronos_config\.quantiles"):
