@@ -48,7 +48,7 @@ class HeadDims:
     @classmethod
     def of(cls, heads: int, head_dim: int, kv_heads: int | None = None) -> "HeadDims":
         """Whole heads, whose queries, keys and values have one width."""
-        return cls(heads, head_dim, head_dim, kv_heads)
+        return cls(heads, head_dim, head_dim, kv_heads=kv_heads)
 
     @property
     def key_heads(self) -> int:
@@ -134,7 +134,7 @@ def layer_problems(
         if isinstance(dims, HeadDims):
             can_lose = (scores or {}).get(where.rpartition(".")[2], "whole")
             whole = head_dim if qk_dim is None else qk_dim
-            found = _head_problems(dims, whole, head_dim, can_lose)
+            found = _head_problems(dims, whole, head_dim, scores=can_lose)
         elif isinstance(dims, ExpertDims):
             found = _expert_problems(dims)
         else:

@@ -115,7 +115,7 @@ def pack_scales(
             (jnp.zeros_like(is_pad, jnp.float32)[:, None], ~is_pad[:, None]), factor, before=True
         )
         ahead = -(-horizon // factor)
-        tokens = packed.pack(series, ahead, patch, width, is_pad=~there[:, 0])
+        tokens = packed.pack(series, ahead, patch, width=width, is_pad=~there[:, 0])
         tokens = dataclasses.replace(tokens, sample_id=tokens.sample_id * (s + 1))
         steps.append((-(-series[0].shape[-1] // patch), -(-ahead // patch)))
         cut = n_variates * steps[-1][0]
@@ -144,7 +144,9 @@ def _layout(how: MultiScale, n_variates: int, steps: Sequence[tuple[int, int]]) 
         parents.append(
             np.concatenate([of_past.ravel(), n_variates * coarse_past + of_future.ravel()])
         )
-    return ScaleLayout(how, tuple(places), tuple(parents), int(sum(sizes)), tuple(futures))
+    return ScaleLayout(
+        how, tuple(places), tuple(parents), first=int(sum(sizes)), futures=tuple(futures)
+    )
 
 
 def scale_index(tokens: Tokens) -> jax.Array:

@@ -116,7 +116,14 @@ def series_scale(x_BCT: jax.Array, observed_BCT: jax.Array) -> tuple[jax.Array, 
     variate_BC = jnp.broadcast_to(jnp.arange(c)[None], (b, c))
     same_BC = jnp.ones((b, c), jnp.int32)
     # One token holds all of a variate: a scale is the same for tokens of any size.
-    whole = Tokens(x_BCT, observed_BCT, same_BC, same_BC, variate_BC, jnp.zeros((b, c), bool))
+    whole = Tokens(
+        x_BCT,
+        observed_BCT,
+        same_BC,
+        time_id=same_BC,
+        variate_id=variate_BC,
+        predicted=jnp.zeros((b, c), bool),
+    )
     loc_BC1, scale_BC1 = token_scale(whole)
     return loc_BC1[..., 0], scale_BC1[..., 0]
 

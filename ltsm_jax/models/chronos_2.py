@@ -102,7 +102,7 @@ class Chronos2Config:
         """Equal layers."""
         attention = HeadDims.of(heads, head_dim)
         equal = (Chronos2Layer(attention, attention, d_ff),) * layers
-        return cls(d_model, head_dim, equal, d_ff, **rest)
+        return cls(d_model, head_dim, equal, block_dim=d_ff, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "Chronos2Config":
@@ -130,7 +130,7 @@ class Chronos2Config:
             fields["d_model"],
             fields["num_heads"],
             fields["d_ff"],
-            fields["num_layers"],
+            layers=fields["num_layers"],
             head_dim=fields["d_kv"],
             patch_len=patch,
             context_len=chronos["context_length"],
@@ -148,9 +148,9 @@ class Chronos2Config:
 
 # widths and depths: their parameter counts are those of the published models, 120M and 28M
 PRESETS = {
-    "amazon/chronos-2": Chronos2Config.of(768, 12, 3072, 12),
-    "autogluon/chronos-2-small": Chronos2Config.of(512, 8, 2048, 6),
-    "autogluon/chronos-2-synth": Chronos2Config.of(768, 12, 3072, 12),
+    "amazon/chronos-2": Chronos2Config.of(768, 12, 3072, layers=12),
+    "autogluon/chronos-2-small": Chronos2Config.of(512, 8, 2048, layers=6),
+    "autogluon/chronos-2-synth": Chronos2Config.of(768, 12, 3072, layers=12),
 }
 
 
@@ -230,7 +230,12 @@ class Chronos2Net(nn.Module):
         def block(inputs, outputs, name):
             activation = ACTIVATIONS[cfg.activation]
             return ResidualBlock(
-                inputs, cfg.block_dim, outputs, activation, dropout=cfg.dropout, name=name
+                inputs,
+                cfg.block_dim,
+                outputs,
+                activation=activation,
+                dropout=cfg.dropout,
+                name=name,
             )
 
         embed = block(3 * cfg.patch_len, cfg.d_model, "embed")
@@ -248,7 +253,9 @@ class Chronos2Net(nn.Module):
             seen_GMN, ((0, 0), (0, 0), (0, n + 1)), constant_values=True
         )
         for i, dims in enumerate(cfg.layers):
-            x_GMSD, inner = Layer(cfg, dims, name=f"layer_{i}")(x_GMSD, seen_GMS, same_GMM, train)
+            x_GMSD, inner = Layer(cfg, dims, name=f"layer_{i}")(
+                x_GMSD, seen_GMS, same_GMM, train=train
+            )
             taps |= nested(f"layer_{i}", inner, x_GMSD)
         x_GMSD = taps["norm"] = Dropout(cfg.dropout)(RMSNorm(cfg.eps, name="norm")(x_GMSD), train)
         out = len(cfg.levels) * cfg.patch_len
@@ -290,7 +297,7 @@ class Chronos2(Model):
             "max_patches": 2,
             "time_scale": 64,
         }
-        return Chronos2Config.of(16, 2, 24, 2, **sizes, levels=PATHS)
+        return Chronos2Config.of(16, 2, 24, layers=2, **sizes, levels=PATHS)
 
     @property
     def covariates(self) -> frozenset[str]:

@@ -111,8 +111,10 @@ class ChronosBoltConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         both = {name: rest.pop(name) for name in list(rest) if name not in own}
         deep = layers if decoder_layers is None else decoder_layers
-        encoder = t5.StackConfig.of(d_model, head_dim, layers, heads, d_ff, **both)
-        decoder = t5.StackConfig.of(d_model, head_dim, deep, heads, d_ff, decoder=True, **both)
+        encoder = t5.StackConfig.of(d_model, head_dim, layers, heads=heads, ffn=d_ff, **both)
+        decoder = t5.StackConfig.of(
+            d_model, head_dim, deep, heads=heads, ffn=d_ff, decoder=True, **both
+        )
         return cls(encoder, decoder, d_ff, **rest)
 
     @classmethod
@@ -131,7 +133,7 @@ class ChronosBoltConfig:
             fields["d_model"],
             fields["num_heads"],
             fields["d_ff"],
-            fields["num_layers"],
+            layers=fields["num_layers"],
             head_dim=fields["d_kv"],
             decoder_layers=fields.get("num_decoder_layers"),
             n_buckets=fields.get("relative_attention_num_buckets", 32),
@@ -162,12 +164,14 @@ def activation_of(fields: Mapping[str, Any]) -> tuple[Any, bool]:
 
 # widths and depths: their parameter counts are those of the published models, 9M, 21M, 48M and 205M
 PRESETS = {
-    "amazon/chronos-bolt-tiny": ChronosBoltConfig.of(256, 4, 1024, 4),
-    "amazon/chronos-bolt-mini": ChronosBoltConfig.of(384, 8, 1536, 4),
-    "amazon/chronos-bolt-small": ChronosBoltConfig.of(512, 8, 2048, 6),
-    "amazon/chronos-bolt-base": ChronosBoltConfig.of(768, 12, 3072, 12),
+    "amazon/chronos-bolt-tiny": ChronosBoltConfig.of(256, 4, 1024, layers=4),
+    "amazon/chronos-bolt-mini": ChronosBoltConfig.of(384, 8, 1536, layers=4),
+    "amazon/chronos-bolt-small": ChronosBoltConfig.of(512, 8, 2048, layers=6),
+    "amazon/chronos-bolt-base": ChronosBoltConfig.of(768, 12, 3072, layers=12),
     # ours, small enough to ship and to train on a laptop
-    "bolt-mini": ChronosBoltConfig.of(128, 4, 512, 2, head_dim=32, context_len=512, horizon=96),
+    "bolt-mini": ChronosBoltConfig.of(
+        128, 4, 512, layers=2, head_dim=32, context_len=512, horizon=96
+    ),
 }
 
 
@@ -248,7 +252,7 @@ class ChronosBolt(Model):
             16,
             2,
             24,
-            2,
+            layers=2,
             head_dim=5,
             decoder_layers=1,
             patch_len=8,

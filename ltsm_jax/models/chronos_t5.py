@@ -128,8 +128,8 @@ class ChronosT5Config:
             if name in rest
         }
         n = layers if decoder_layers is None else decoder_layers
-        encoder = t5.StackConfig.of(d_model, d_kv, layers, heads, d_ff, **shared)
-        decoder = t5.StackConfig.of(d_model, d_kv, n, heads, d_ff, decoder=True, **shared)
+        encoder = t5.StackConfig.of(d_model, d_kv, layers, heads=heads, ffn=d_ff, **shared)
+        decoder = t5.StackConfig.of(d_model, d_kv, n, heads=heads, ffn=d_ff, decoder=True, **shared)
         return cls(encoder, decoder, **rest)
 
     @classmethod
@@ -347,7 +347,7 @@ def forecast_of(samples: jax.Array, levels: tuple[float, ...] = DECILES) -> Fore
     (interpolated).
     """
     quantiles_QBCH = jnp.quantile(samples, jnp.asarray(levels), axis=-1)
-    return Forecast(samples.mean(-1), jnp.moveaxis(quantiles_QBCH, 0, -1), samples, levels)
+    return Forecast(samples.mean(-1), jnp.moveaxis(quantiles_QBCH, 0, -1), samples, levels=levels)
 
 
 class ChronosT5Net(nn.Module):
@@ -416,8 +416,8 @@ class ChronosT5(Model):
             16,
             6,
             2,
-            24,
-            2,
+            d_ff=24,
+            layers=2,
             n_buckets=8,
             max_distance=20,
             vocab_size=64,

@@ -97,7 +97,7 @@ def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
       range; else what the class itself refuses.
     """
     problems: list[str] = []
-    built = _dataclass(cls, fields, "", problems)
+    built = _dataclass(cls, fields, "", problems=problems)
     if problems:
         more = (
             [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
@@ -123,7 +123,7 @@ def _dataclass(cls: type, fields: Any, where: str, problems: list[str]) -> Any:
     values = {}
     for name, field in known.items():
         if name in fields:
-            values[name] = _value(hints[name], fields[name], where + name, problems)
+            values[name] = _value(hints[name], fields[name], where + name, problems=problems)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             problems.append(f"{where}{name}: missing")
     if len(problems) > before:
@@ -145,11 +145,11 @@ def _value(hint: Any, x: Any, where: str, problems: list[str]) -> Any:
     """Read one value as an annotation says, or note what is wrong with it."""
     kind = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), x, where + ".", problems)
+        return _dataclass(typing.cast(type, hint), x, where + ".", problems=problems)
     if kind is tuple:
-        return _tuple(typing.get_args(hint), x, where, problems)
+        return _tuple(typing.get_args(hint), x, where, problems=problems)
     if kind in (typing.Union, types.UnionType):
-        return _one_of(typing.get_args(hint), x, where, problems)
+        return _one_of(typing.get_args(hint), x, where, problems=problems)
     if kind is typing.Literal:
         told = typing.get_args(hint)
         if not any(x == value and type(x) is type(value) for value in told):
@@ -187,7 +187,7 @@ def _tuple(parts: tuple[Any, ...], x: Any, where: str, problems: list[str]) -> A
         problems.append(f"{where}: {len(parts)} entries were expected, got {_short(x)}")
         return ()
     return tuple(
-        _value(part, entry, f"{where}[{i}]", problems)
+        _value(part, entry, f"{where}[{i}]", problems=problems)
         for i, (part, entry) in enumerate(zip(parts, x))
     )
 
@@ -199,7 +199,7 @@ def _one_of(choices: tuple[Any, ...], x: Any, where: str, problems: list[str]) -
     told: list[str] = []
     for choice in choices:
         found: list[str] = []
-        value = _value(choice, x, where, found)
+        value = _value(choice, x, where, problems=found)
         if not found:
             return value
         told = told or found

@@ -230,7 +230,7 @@ class Model(abc.ABC):
         it, rolled out where the target is long. NaN as in `loss`.
         """
         steps = batch["target"].shape[-1]
-        point_BCH = self._forecast(params, batch["context"], steps, key, train)
+        point_BCH = self._forecast(params, batch["context"], steps, key=key, train=train)
         return mse_observed(point_BCH, batch["target"], batch)
 
     def _forecast(
@@ -255,7 +255,7 @@ class Model(abc.ABC):
         if beside:
             point = self.predict_with(params, context, horizon, **beside, key=key).point
         else:
-            point = self.predict(params, context, horizon, key).point
+            point = self.predict(params, context, horizon, key=key).point
         return mean_observed(jnp.abs(point - jnp.where(observed, target, 0.0)), observed, batch)
 
     def predict(

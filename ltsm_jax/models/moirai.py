@@ -184,7 +184,7 @@ class Block(nn.Module):
         attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
         adapters = self.adapters(layout.how, multiscale.scale_index(tokens)) if layout else None
         y_BND, inner = attention(
-            y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters
+            y_BND, seen_BNS, same_BNS, time_id_BN=tokens.time_id, train=train, adapters=adapters
         )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
@@ -251,19 +251,19 @@ class MoiraiNet(nn.Module):
 
             def layer(i, params, x_BND):
                 return Block(cfg, cfg.layers[i], parent=None).apply(
-                    {"params": params}, x_BND, tokens, train, layout
+                    {"params": params}, x_BND, tokens, train=train, layout=layout
                 )[0]
 
             runs = equal_runs(cfg.layers)
             x_BND = through_layers(layer, self.variables["params"], x_BND, runs=runs)
         for i, dims in enumerate(() if looped else cfg.layers):
-            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train, layout)
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train, layout=layout)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else slice(*only)
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
-        y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
+        y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1=scale_BN1[:, cut])
         return y, taps | nested("head", raw)
 
 
@@ -299,7 +299,15 @@ class Moirai(Model):
     @classmethod
     def small(cls) -> MoiraiConfig:
         return MoiraiConfig.of(
-            16, 2, 2, 24, patch_sizes=(4, 8), context_len=32, horizon=8, patch_size=8, n_samples=20
+            16,
+            2,
+            2,
+            d_ff=24,
+            patch_sizes=(4, 8),
+            context_len=32,
+            horizon=8,
+            patch_size=8,
+            n_samples=20,
         )
 
     @property
@@ -323,7 +331,9 @@ class Moirai(Model):
         ]
         if cfg.multiscale:
             shapes |= {"scale_weights": jax.ShapeDtypeStruct((cfg.multiscale.scales,), jnp.float32)}
-        return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model, own=multiscale.distribution)
+        return packed.fresh(
+            key, shapes, cfg.patch_sizes, d_model=cfg.d_model, own=multiscale.distribution
+        )
 
     def with_scales(self, params: Tree, how: MultiScale, key: jax.Array) -> tuple["Moirai", Tree]:
         if self.config.multiscale is not None:
@@ -444,7 +454,9 @@ class Moirai(Model):
             own = jax.tree.map(lambda leaf, begin=begin, n=n: leaf[:, begin : begin + n], y)
             steps = -(-horizon // 2**s)
             parts.append(
-                jax.tree.map(lambda leaf, steps=steps: packed.unpack(leaf, c, steps, patch), own)
+                jax.tree.map(
+                    lambda leaf, steps=steps: packed.unpack(leaf, c, steps, patch=patch), own
+                )
             )
             begin += n
         return tuple(parts)
@@ -477,7 +489,13 @@ class Moirai(Model):
         def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture | ScaleMixture:
             x, observed, pad, *scale = window
             return self.future(
-                params, (x, observed), steps, patch, lean=True, scale=scale or None, is_pad=pad
+                params,
+                (x, observed),
+                steps,
+                patch=patch,
+                lean=True,
+                scale=scale or None,
+                is_pad=pad,
             )
 
         # A forecast of the end of the context, which is known, and of the horizon, at each size.
@@ -573,7 +591,9 @@ class Moirai(Model):
         x = packed.rows_of({"context": jnp.asarray(context, jnp.float32)}, cfg.variates)["context"]
         if cfg.patch_size == "auto":
             x = x[..., -cfg.context_len - horizon :]
-            y, _ = self.best_future(params, observed_series(x), horizon, cfg.context_len)
+            y, _ = self.best_future(
+                params, observed_series(x), horizon, context_len=cfg.context_len
+            )
         else:
             x = x[..., -cfg.context_len :]
             y = self.future(params, observed_series(x), horizon, patch=cfg.patch_size, lean=True)

@@ -87,7 +87,7 @@ class Moirai2Config:
         heads = d_model // HEAD_DIM if heads is None else heads
         head_dim = head_width(d_model, heads)
         equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
-        return cls(patch_size, d_model, head_dim, equal, **rest)
+        return cls(patch_size, d_model, head_dim, layers=equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "Moirai2Config":
@@ -108,7 +108,7 @@ class Moirai2Config:
         )
 
 
-PRESETS = {"Salesforce/moirai-2.0-R-small": Moirai2Config.of(16, 384, 1024, 6)}
+PRESETS = {"Salesforce/moirai-2.0-R-small": Moirai2Config.of(16, 384, 1024, layers=6)}
 
 
 class Residual(nn.Module):
@@ -140,7 +140,9 @@ class Block(nn.Module):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
-        y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
+        y_BND, inner = attention(
+            y_BND, tokens.causal, tokens.same_variate, time_id_BN=tokens.time_id, train=train
+        )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
@@ -217,7 +219,7 @@ class Moirai2(Model):
     @classmethod
     def small(cls) -> Moirai2Config:
         return Moirai2Config.of(
-            4, 16, 24, 2, 2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32
+            4, 16, 24, layers=2, heads=2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32
         )
 
     @property
@@ -234,7 +236,10 @@ class Moirai2(Model):
         """
         cfg = self.config
         tokens = packed.pack(
-            observed_series(jnp.zeros((1, 1, cfg.patch_size))), 1, cfg.patch_size, cfg.patch_size
+            observed_series(jnp.zeros((1, 1, cfg.patch_size))),
+            1,
+            cfg.patch_size,
+            width=cfg.patch_size,
         )
         shapes = jax.eval_shape(Moirai2Net(cfg).init, key, tokens)["params"]
         flat = flatten(shapes)
@@ -427,4 +432,4 @@ class Moirai2(Model):
         ]
         y = self.quantiles(params, self.prepare(x), horizon)
         y = y.reshape(*context.shape[:2], horizon, -1)
-        return Forecast(median_of(y, self.config.levels), y, None, self.config.levels)
+        return Forecast(median_of(y, self.config.levels), y, None, levels=self.config.levels)

@@ -244,7 +244,12 @@ class Block(nn.Module):
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
         y_BND, inner = attention(
-            y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only
+            y_BND,
+            tokens.causal,
+            tokens.same_variate,
+            time_id_BN=tokens.time_id,
+            train=train,
+            only=only,
         )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND if only is None else x_BND[:, only]
@@ -302,16 +307,21 @@ class MoiraiMoeNet(nn.Module):
             def layer(i, params, x_BND, only=None):
                 block = Block(cfg, cfg.layers[i], parent=None)
                 return block.apply(
-                    {"params": params["block"]}, x_BND, params["centroid"], tokens, train, only
+                    {"params": params["block"]},
+                    x_BND,
+                    params["centroid"],
+                    tokens=tokens,
+                    train=train,
+                    only=only,
                 )[0]
 
             # The last layer is on its own: of it, nothing but the tokens asked for is computed.
             runs = equal_runs(cfg.layers[:-1])
             x_BND = through_layers(layer, layers, x_BND, runs=runs)
-            x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
+            x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only=only)
         for i, dims in enumerate(() if looped else cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(
-                x_BND, centroid_LED[i], tokens, train
+                x_BND, centroid_LED[i], tokens, train=train
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
@@ -319,7 +329,7 @@ class MoiraiMoeNet(nn.Module):
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
         x_BND = x_BND if looped else x_BND[:, cut]
-        y, raw = head(x_BND, patch, loc_BN1[:, cut], scale_BN1[:, cut])
+        y, raw = head(x_BND, patch, loc_BN1[:, cut], scale_BN1=scale_BN1[:, cut])
         return y, taps | nested("head", raw)
 
 
@@ -349,8 +359,8 @@ class MoiraiMoe(Model):
             16,
             2,
             8,
-            2,
-            4,
+            heads=2,
+            n_experts=4,
             patch_sizes=(4, 8),
             patch_size=8,
             context_len=32,
@@ -538,7 +548,9 @@ class MoiraiMoe(Model):
         x = packed.rows_of({"context": jnp.asarray(context, jnp.float32)}, cfg.variates)["context"]
         x = x[..., -cfg.context_len :]
         (_, c, t), n, keys = x.shape, cfg.n_samples, row_keys(key, x)
-        tokens = packed.pack(observed_series(x), horizon, cfg.patch_size, max(cfg.patch_sizes))
+        tokens = packed.pack(
+            observed_series(x), horizon, cfg.patch_size, width=max(cfg.patch_sizes)
+        )
         last, first, steps = self._places(c, t, horizon)
 
         def draw(step, y):

@@ -141,7 +141,7 @@ class MomentConfig:
         cls, layers: int, d_model: int, d_ff: int, heads: int, head_dim: int, **rest: Any
     ) -> "MomentConfig":
         """All layers alike."""
-        equal = t5.StackConfig.of(d_model, head_dim, layers, heads, d_ff).layers
+        equal = t5.StackConfig.of(d_model, head_dim, layers, heads=heads, ffn=d_ff).layers
         return cls(d_model, head_dim, equal, **rest)
 
     @classmethod
@@ -198,9 +198,9 @@ class MomentConfig:
 
 
 PRESETS = {
-    "AutonLab/MOMENT-1-small": MomentConfig.of(8, 512, 1024, 6, 64),
-    "AutonLab/MOMENT-1-base": MomentConfig.of(12, 768, 2048, 12, 64),
-    "AutonLab/MOMENT-1-large": MomentConfig.of(24, 1024, 2816, 16, 64),
+    "AutonLab/MOMENT-1-small": MomentConfig.of(8, 512, 1024, heads=6, head_dim=64),
+    "AutonLab/MOMENT-1-base": MomentConfig.of(12, 768, 2048, heads=12, head_dim=64),
+    "AutonLab/MOMENT-1-large": MomentConfig.of(24, 1024, 2816, heads=16, head_dim=64),
 }
 
 
@@ -339,8 +339,8 @@ class Moment(Model):
             2,
             16,
             24,
-            2,
-            6,
+            heads=2,
+            head_dim=6,
             patch_len=8,
             context_len=64,
             n_buckets=8,
@@ -631,7 +631,7 @@ class Moment(Model):
                     'the loss of the classification head needs batch["label"] [B], the class of '
                     "each row"
                 )
-            logits = self.classify(params, batch["context"], key, train).astype(jnp.float32)
+            logits = self.classify(params, batch["context"], key, train=train).astype(jnp.float32)
             picked = jnp.take_along_axis(
                 jax.nn.log_softmax(logits), batch["label"].reshape(-1, 1), axis=-1
             )

@@ -145,7 +145,7 @@ class Block(nn.Module):
             cfg.d_model, self.dims.attn, cfg.head_dim, base=BASE, dropout=cfg.dropout, name="attn"
         )
         y_BND, taps["attn_weights"], cache = attention(
-            y_BND, positions_BN, mask_BHNS, cache, start, train
+            y_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
         )
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
@@ -187,7 +187,7 @@ class SundialNet(nn.Module):
         for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
             x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
-                x_BND, positions_BN, mask_BHNS, cache, start, train
+                x_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
@@ -333,7 +333,9 @@ class Sundial(Model):
         is done.
         """
         b, c, t = x_BCT.shape
-        z_BND, taps, _ = self._net(params, x_BCT.reshape(b * c, t).astype(jnp.float32), key, train)
+        z_BND, taps, _ = self._net(
+            params, x_BCT.reshape(b * c, t).astype(jnp.float32), key, train=train
+        )
         return z_BND.reshape(b, c, *z_BND.shape[1:]), taps
 
     def _net(self, params: Tree, x_BL, key=None, train=False, **rest) -> Any:
@@ -506,7 +508,9 @@ class Sundial(Model):
 
         def step(state, points_BL, _):
             caches, start, i = state
-            z_BND, _, caches = self._net(params, points_BL, key, train, caches=caches, start=start)
+            z_BND, _, caches = self._net(
+                params, points_BL, key, train=train, caches=caches, start=start
+            )
             y_BSQ = self.sample(params, z_BND[:, -1], noise_TBSQ[i])
             return (caches, start + z_BND.shape[1], i + 1), median(y_BSQ), y_BSQ
 

@@ -218,7 +218,7 @@ class Block(nn.Module):
             name="attn",
         )
         y_BND, taps["attn_weights"], cache = attention(
-            y_BND, positions_BN, mask_BHNS, cache, start, train, lean
+            y_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train, lean=lean
         )
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
@@ -291,7 +291,14 @@ class TimeMoeNet(nn.Module):
             mask = None if expert_masks is None else expert_masks[i]
             block = Block(cfg, dims, self.form, name=f"layer_{i}")
             x_BND, inner, cache = block(
-                x_BND, positions_BN, mask_BHNS, cache, start, mask, train, last
+                x_BND,
+                positions_BN,
+                mask_BHNS,
+                cache=cache,
+                start=start,
+                expert_mask=mask,
+                train=train,
+                lean=last,
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
@@ -560,7 +567,9 @@ class TimeMoe(Model):
         z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context_BCT)
         t = z_BCT.shape[-1]
         z_BT, seen_BT = z_BCT.reshape(b * c, t), seen_BCT.reshape(b * c, t)
-        z_BH = self.generate(params, z_BT, horizon, seen_BT, key=key, train=train, lean=lean)
+        z_BH = self.generate(
+            params, z_BT, horizon, observed_BL=seen_BT, key=key, train=train, lean=lean
+        )
         return z_BH.reshape(b, c, horizon) * std_BC1 + mean_BC1
 
     def generate(

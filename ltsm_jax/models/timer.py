@@ -83,7 +83,7 @@ class TimerConfig:
         """Equal layers; heads split the model width as in the original."""
         head_dim = head_width(d_model, heads)
         equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
-        return cls(patch_len, d_model, head_dim, equal, **rest)
+        return cls(patch_len, d_model, head_dim, layers=equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerConfig":
@@ -113,24 +113,26 @@ class TimerConfig:
 PRESETS = {
     # hyper-parameters from the scripts of thuml/Large-Time-Series-Model; no config file ships with
     # the checkpoints
-    "Timer_forecast_1.0": TimerConfig.of(96, 1024, 2048, 8, 8, context_len=672, horizon=96),
+    "Timer_forecast_1.0": TimerConfig.of(
+        96, 1024, 2048, layers=8, heads=8, context_len=672, horizon=96
+    ),
     "Timer_imputation_1.0": TimerConfig.of(
-        24, 256, 512, 4, 8, context_len=192, horizon=24, task="imputation"
+        24, 256, 512, layers=4, heads=8, context_len=192, horizon=24, task="imputation"
     ),
     "Timer_anomaly_detection_1.0": TimerConfig.of(
-        96, 256, 512, 4, 8, context_len=768, horizon=96, task="anomaly"
+        96, 256, 512, layers=4, heads=8, context_len=768, horizon=96, task="anomaly"
     ),
     # ours, small enough to ship and to train on a laptop
-    "timer-tiny": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
+    "timer-tiny": TimerConfig.of(96, 128, 256, layers=4, heads=4, context_len=672, horizon=96),
     # timer-tiny, trained on absolute error
-    "timer-median": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
+    "timer-median": TimerConfig.of(96, 128, 256, layers=4, heads=4, context_len=672, horizon=96),
     "timer-tiny-imputation": TimerConfig.of(
-        24, 128, 256, 4, 4, context_len=192, horizon=24, task="imputation"
+        24, 128, 256, layers=4, heads=4, context_len=192, horizon=24, task="imputation"
     ),
     "timer-tiny-anomaly": TimerConfig.of(
-        96, 128, 256, 4, 4, context_len=768, horizon=96, task="anomaly"
+        96, 128, 256, layers=4, heads=4, context_len=768, horizon=96, task="anomaly"
     ),
-    "timer-small": TimerConfig.of(96, 256, 1024, 6, 8, context_len=672, horizon=96),
+    "timer-small": TimerConfig.of(96, 256, 1024, layers=6, heads=8, context_len=672, horizon=96),
 }
 
 
@@ -231,7 +233,7 @@ class Timer(Model):
 
     @classmethod
     def small(cls) -> TimerConfig:
-        return TimerConfig.of(8, 16, 24, 2, 2, context_len=32, horizon=8)
+        return TimerConfig.of(8, 16, 24, layers=2, heads=2, context_len=32, horizon=8)
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear

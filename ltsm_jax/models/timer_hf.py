@@ -139,7 +139,7 @@ class Block(nn.Module):
             cfg.d_model, self.dims.attn, cfg.head_dim, base=BASE, dropout=cfg.dropout, name="attn"
         )
         a_BND, taps["attn_weights"], cache = attention(
-            x_BND, positions_BN, mask_BHNS, cache, start, train
+            x_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
         )
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND + a_BND)
@@ -175,7 +175,7 @@ class TimerHfNet(nn.Module):
         for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
             x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
-                x_BND, positions_BN, mask_BHNS, cache, start, train
+                x_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
@@ -218,7 +218,9 @@ class TimerHf(Model):
 
     @classmethod
     def small(cls) -> TimerHfConfig:
-        return TimerHfConfig(8, 16, 8, equal_layers(2, 2, 8, ffn=24), (8, 16), context_len=48)
+        return TimerHfConfig(
+            8, 16, 8, layers=equal_layers(2, 2, 8, ffn=24), horizons=(8, 16), context_len=48
+        )
 
     @property
     def horizon(self) -> int:
@@ -296,7 +298,9 @@ class TimerHf(Model):
         mean_BC1, std_BC1 = jax.lax.stop_gradient(unbiased_moments(fill_missing(context), EPS))
         series_BCT = (jnp.concatenate([context, batch["target"]], axis=-1) - mean_BC1) / std_BC1
         x_BCT = fill_missing(series_BCT[..., : context.shape[-1]])
-        return self.token_loss(params, x_BCT, series_BCT[..., p:], batch, key=key, train=train)
+        return self.token_loss(
+            params, x_BCT, series_BCT[..., p:], batch=batch, key=key, train=train
+        )
 
     def token_loss(
         self,

@@ -117,7 +117,13 @@ class TimerXLConfig:
 PRESETS = {
     # sizes of OpenLTM's load_pth_ckpt.ipynb; no config file ships with the checkpoint
     "timer_xl": TimerXLConfig(
-        96, 96, 1024, 128, equal_layers(8, 8, 128, ffn=2048), context_len=2880, joint=False
+        96,
+        96,
+        1024,
+        head_dim=128,
+        layers=equal_layers(8, 8, 128, ffn=2048),
+        context_len=2880,
+        joint=False,
     )
 }
 
@@ -204,7 +210,7 @@ class Block(nn.Module):
             return nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name=name)
 
         attention = TimeAttention(d, self.dims.attn, cfg.dropout, name="attn")
-        a_BSD, taps = attention(x_BSD, seen_SS, same_SS, train)
+        a_BSD, taps = attention(x_BSD, seen_SS, same_SS, train=train)
         taps["attn"] = a_BSD
         x_BSD = taps["norm1"] = norm("norm1")(x_BSD + drop(a_BSD))
         y_BSD = drop(feed_forward(x_BSD, ffn_dim, cfg.activation, dropout=drop))
@@ -226,7 +232,7 @@ class TimerXLNet(nn.Module):
         x_BSD = x_BCND.reshape(b, c * n, cfg.d_model)
         seen_SS, same_SS = variate_mask(c, n, cfg.covariate)
         for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
-            x_BSD, inner = Block(cfg, dims, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train)
+            x_BSD, inner = Block(cfg, dims, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train=train)
             taps |= nested(f"layer_{i}", inner, x_BSD)
         x_BSD = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name="norm")(x_BSD)
         y_BSQ = taps["head"] = Linear((cfg.d_model,), (cfg.horizon,), name="head")(x_BSD)
@@ -255,7 +261,9 @@ class TimerXL(Model):
 
     @classmethod
     def small(cls) -> TimerXLConfig:
-        return TimerXLConfig(8, 8, 16, 8, equal_layers(2, 2, 8, ffn=24), context_len=32)
+        return TimerXLConfig(
+            8, 8, 16, head_dim=8, layers=equal_layers(2, 2, 8, ffn=24), context_len=32
+        )
 
     @property
     def variates(self) -> Literal["independent", "joint"]:

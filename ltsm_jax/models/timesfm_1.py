@@ -509,12 +509,12 @@ class TimesFM1(Model):
 
         def again(carry, _):
             x_BT, padding_BT = carry
-            y_BOQ = self.apply(params, x_BT, padding_BT, freq_B, last=True)[0][:, -1, :step]
+            y_BOQ = self.apply(params, x_BT, padding_BT, freq_B=freq_B, last=True)[0][:, -1, :step]
             return advance(x_BT, padding_BT, y_BOQ), y_BOQ
 
         outputs = []
         if on_context or steps == 1:
-            y_BNOQ, _ = self.apply(params, x_BT, padding_BT, freq_B, last=not on_context)
+            y_BNOQ, _ = self.apply(params, x_BT, padding_BT, freq_B=freq_B, last=not on_context)
             y_BOQ = y_BNOQ[:, -1, :step]
             outputs = (
                 [y_BNOQ[:, room // p : -1, :p].reshape(len(x_BT), -1, y_BOQ.shape[-1])]

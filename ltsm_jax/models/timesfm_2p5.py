@@ -251,7 +251,7 @@ class Block(nn.Module):
 
         attention = Attention(cfg, self.dims.attn, name="attn")
         y_BND, cache, inner = attention(
-            norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start
+            norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache=cache, start=start
         )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + norm("post_attn_norm", y_BND)
@@ -295,7 +295,7 @@ class TimesFM2p5Net(nn.Module):
         for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
             block = Block(cfg, dims, name=f"layer_{i}")
             x_BND, cache, inner = block(
-                x_BND, positions_BN, seen_BHNS, caches[i] if caches else None, start
+                x_BND, positions_BN, seen_BHNS, cache=caches[i] if caches else None, start=start
             )
             kept.append(cache)
             taps |= nested(f"layer_{i}", inner, x_BND)
@@ -449,7 +449,9 @@ class TimesFM2p5(Model):
         padding_BNP = padding_BNP.astype(jnp.float32)
         padded_B = (padding_BNP[..., -1] > 0).sum(1) if padded_B is None else padded_B
         net = TimesFM2p5Net(self.config)
-        return run_network(net, params, z_BNP, padding_BNP, padded_B, caches, start, last)
+        return run_network(
+            net, params, z_BNP, padding_BNP, padded_B, caches=caches, start=start, last=last
+        )
 
     def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, last: bool = False):
         """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N,

@@ -171,7 +171,7 @@ class TimesFM3Config:
         head_dim = head_width(d_model, heads)
         attention = HeadDims.of(heads, head_dim)
         equal = (TimesFM3Layer(attention, attention, d_ff),) * layers
-        return cls(patch_len, output_len, d_model, head_dim, equal, **rest)
+        return cls(patch_len, output_len, d_model, head_dim=head_dim, layers=equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM3Config":

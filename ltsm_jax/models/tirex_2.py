@@ -430,7 +430,9 @@ def mlstm(
         # nothing.
         length = -(-n // count)
         empty = (0.0, 0.0, 0.0, -jnp.inf, 0.0)
-        parts = tuple(_cut(x, length, count, value) for x, value in zip(inputs, empty, strict=True))
+        parts = tuple(
+            _cut(x, length, count, value=value) for x, value in zip(inputs, empty, strict=True)
+        )
         start = (jnp.zeros((r, h, k_dim, v_dim)), jnp.zeros((r, h, k_dim)), jnp.zeros((r, h)))
         state, found = jax.lax.scan(_mlstm_chunk, start, parts)
         h_RHNV, denominator, m_RHN = (_joined(x, n) for x in found)
@@ -766,7 +768,9 @@ class TiRex2Net(nn.Module):
         x_GMND = taps["embed"] = embed(tokens_GMNP, train)
         for i, dims in enumerate(cfg.layers):
             layer = Layer(cfg, dims, name=f"layer_{i}")
-            x_GMND, inner = layer(x_GMND, both, known_GA, seen_GMM, mixed_GM, train)
+            x_GMND, inner = layer(
+                x_GMND, both, known_GA, seen_GMM=seen_GMM, mixed_GM=mixed_GM, train=train
+            )
             taps |= nested(f"layer_{i}", inner, x_GMND)
 
         x_GCND = x_GMND[:, :targets, x_GMND.shape[2] - last :]
@@ -997,7 +1001,9 @@ class TiRex2(Model):
         seen = jax.ShapeDtypeStruct((1, 2, 2), bool)
 
         def fresh(key, tokens, known, seen):
-            return TiRex2Net(cfg).init(key, tokens, (1,), known, seen, None, 1, 1)
+            return TiRex2Net(cfg).init(
+                key, tokens, (1,), known_GA=known, seen_GMM=seen, mixed_GM=None, targets=1, last=1
+            )
 
         shapes = jax.eval_shape(fresh, key, tokens, known, seen)["params"]
         return draw(key, shapes, functools.partial(self._distribution, flatten(shapes)))

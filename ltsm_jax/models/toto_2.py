@@ -214,8 +214,8 @@ class Toto2Config:
             fields["patch_size"],
             d,
             heads,
-            layers,
-            fields.get("d_ff") or (int(8 * d / 3) + 7) // 8 * 8,
+            layers=layers,
+            d_ff=fields.get("d_ff") or (int(8 * d / 3) + 7) // 8 * 8,
             kv_heads=fields.get("num_groups") or heads,
             qk_dim=fields.get("qk_dim") or None,
             v_dim=fields.get("v_dim") or None,
@@ -262,11 +262,11 @@ def kinds_of(
 # Sizes of the paper's table. The one layer over variates is the last; of 22m, 313m and 1B that is
 # assumed, as a published config.json was at hand of none of them.
 PRESETS = {
-    "Datadog/Toto-2.0-4m": Toto2Config.of(32, 256, 4, 4, 688),
-    "Datadog/Toto-2.0-22m": Toto2Config.of(32, 512, 8, 6, 1368),
-    "Datadog/Toto-2.0-313m": Toto2Config.of(32, 1024, 16, 24, 2736),
-    "Datadog/Toto-2.0-1B": Toto2Config.of(32, 1536, 24, 36, 4096, norm_eps=5e-4),
-    "Datadog/Toto-2.0-2.5B": Toto2Config.of(32, 2048, 32, 48, 5464, norm_eps=5e-4),
+    "Datadog/Toto-2.0-4m": Toto2Config.of(32, 256, 4, layers=4, d_ff=688),
+    "Datadog/Toto-2.0-22m": Toto2Config.of(32, 512, 8, layers=6, d_ff=1368),
+    "Datadog/Toto-2.0-313m": Toto2Config.of(32, 1024, 16, layers=24, d_ff=2736),
+    "Datadog/Toto-2.0-1B": Toto2Config.of(32, 1536, 24, layers=36, d_ff=4096, norm_eps=5e-4),
+    "Datadog/Toto-2.0-2.5B": Toto2Config.of(32, 2048, 32, layers=48, d_ff=5464, norm_eps=5e-4),
 }
 
 
@@ -438,8 +438,8 @@ class Residual(nn.Module):
         hidden_fan = None if self.readout else inner
         out_fan = self.outputs if self.readout else None
         first = Scaled.of(cfg, self.inputs, hidden_fan)
-        second = Scaled.of(cfg, inner, out_fan, self.readout)
-        beside = Scaled.of(cfg, self.inputs, self.outputs, self.readout)
+        second = Scaled.of(cfg, inner, out_fan, readout=self.readout)
+        beside = Scaled.of(cfg, self.inputs, self.outputs, readout=self.readout)
         half = 2**-0.5
         umup = cfg.gradient == "umup"
         # Factors of a sum are applied to the original's gradient where it leaves the branches.
@@ -551,9 +551,9 @@ class Layer(nn.Module):
         y_BVSD = taps["norm1"] = norm(entering(x_BVSD, tau, umup))
         attention = Attention(cfg, dims.attn, name=dims.kind)
         if dims.kind == "time":
-            y_BVSD, own, inner = attention(y_BVSD, seen_BVSS, places, cache)
+            y_BVSD, own, inner = attention(y_BVSD, seen_BVSS, places, cache=cache)
         else:
-            y_BSVD, _, inner = attention(jnp.swapaxes(y_BVSD, 1, 2), seen_BSVV, None, None)
+            y_BSVD, _, inner = attention(jnp.swapaxes(y_BVSD, 1, 2), seen_BSVV, None, cache=None)
             y_BVSD = jnp.swapaxes(y_BSVD, 1, 2)
         taps |= inner | {"attn": y_BVSD}
         x_BVSD = taps["after_attn"] = leaving(x_BVSD, y_BVSD, tau, umup=umup)
@@ -671,7 +671,7 @@ class Toto2(Model):
         # Norms with weights, biases everywhere and a larger share of the branches than the
         # published have.
         more = {"norm_weight": True, "mlp_bias": True, "residual_mult": 2.0, "residual_ratio": 2.0}
-        return Toto2Config.of(8, 16, 2, 2, 24, window=56, span=2, **more)
+        return Toto2Config.of(8, 16, 2, layers=2, d_ff=24, window=56, span=2, **more)
 
     @property
     def covariates(self) -> frozenset[str]:
@@ -931,7 +931,7 @@ class Toto2(Model):
         y, own, steps = self._network(
             params, tokens, own_groups, only=only, lean=lean and rounds == 1
         )
-        found = passes.real(y, loc, scale, n - 1)
+        found = passes.real(y, loc, scale, last=n - 1)
         if taps is not None:
             taps.append(steps | {"groups": own_groups})
 
@@ -1000,8 +1000,10 @@ class Toto2(Model):
         kept = []
         for old, new in zip(caches, own, strict=True):
             # Layers over variates have no cache.
-            kept.append(None if old is None or new is None else _written(old, new, block, start))
-        block_BVNPQ = passes.real(y, loc, scale, start + block - 1)
+            kept.append(
+                None if old is None or new is None else _written(old, new, block, start=start)
+            )
+        block_BVNPQ = passes.real(y, loc, scale, last=start + block - 1)
         return (x_BVSP, seen_BVSP, kept, block_BVNPQ), steps
 
     # --- series with missing values
@@ -1060,7 +1062,9 @@ class Toto2(Model):
         more = {}
         if known is not None:
             t, length = context.shape[-1], x.shape[-1]
-            more["known_BET"], more["known_observed_BET"] = self._known(known, t, length, horizon)
+            more["known_BET"], more["known_observed_BET"] = self._known(
+                known, t, length, steps=horizon
+            )
         y_BVHQ = self.forecast(
             params,
             x,

@@ -403,15 +403,17 @@ class TTMConfig:
                 found += [MixerDims(hidden, over_patches, expansion * (width // f))] * count
             return tuple(found)
 
-        encoder = widths(rest.get("mix_channels"), channels, n, d_model, layers, levels)
+        encoder = widths(
+            rest.get("mix_channels"), channels, n, width=d_model, count=layers, n_levels=levels
+        )
         both = channels + len(vocab)
         decoder = widths(
             rest.get("decoder_mix_channels"),
             both,
             n,
-            decoder_d_model,
-            decoder_layers,
-            decoder_levels,
+            width=decoder_d_model,
+            count=decoder_layers,
+            n_levels=decoder_levels,
         )
         step = 2 * (2 * rest.get("fcm_context", 1) + 1)
         targets = rest.get("targets")
@@ -427,7 +429,7 @@ class TTMConfig:
             decoder=decoder if use_decoder else (),
             levels=levels,
             decoder_levels=decoder_levels,
-            fcm_layers=widths(False, 0, seen, step, fcm_layers, 0),
+            fcm_layers=widths(False, 0, seen, width=step, count=fcm_layers, n_levels=0),
             **rest,
         )
 
@@ -965,7 +967,9 @@ def all_channels(cfg: TTMConfig, batch: Batch) -> Batch:
     if "past" not in batch and "known" not in batch:
         return batch
     past, known = batch.get("past"), batch.get("known")
-    context, target = with_covariate_channels(cfg, batch["context"], batch["target"], past, known)
+    context, target = with_covariate_channels(
+        cfg, batch["context"], batch["target"], past_BKT=past, known_BKS=known
+    )
     rest = {name: value for name, value in batch.items() if name not in ("past", "known")}
     return rest | {"context": context, "target": target}
 
@@ -1002,7 +1006,7 @@ class TTMNet(nn.Module):
         x_PBCD, inner = mixers(x_PBCD, train)
         taps |= nested("encoder", inner, x_PBCD)
         if cfg.decoder:
-            x_PBCD, inner = Decoder(cfg, name="decoder")(x_PBCD, p_PBCK, categories_BV, train)
+            x_PBCD, inner = Decoder(cfg, name="decoder")(x_PBCD, p_PBCK, categories_BV, train=train)
             taps |= nested("decoder", inner)
         taps["decoder"] = x_PBCD
         x_BCF = Dropout(cfg.head_dropout)(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1), train)
@@ -1028,7 +1032,7 @@ class TTMNet(nn.Module):
         near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
         future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
         mixer, near = ForecastMixer(cfg, name="fcm"), _of_targets(cfg, near_BCS)
-        y_BCH, inner = mixer(y_BCH, near, future_BXH, near_BCS[:, known], train)
+        y_BCH, inner = mixer(y_BCH, near, future_BXH, past_BXS=near_BCS[:, known], train=train)
         taps |= nested("fcm", inner)
         return y_BCH
 
@@ -1242,10 +1246,12 @@ class Forecasts(Model):
         past the ones that are neither forecast nor exogenous, each by rising number.
         """
         if past is None and known is None:
-            return self.predict(params, context, horizon, key)
+            return self.predict(params, context, horizon, key=key)
         unknown = jnp.full((*context.shape[:2], horizon), jnp.nan)
-        every, future = with_covariate_channels(self.part, context, unknown, past, known)
-        return self.predict(params, every, horizon, key, future=future)
+        every, future = with_covariate_channels(
+            self.part, context, unknown, past_BKT=past, known_BKS=known
+        )
+        return self.predict(params, every, horizon, key=key, future=future)
 
     def roll_out(
         self,

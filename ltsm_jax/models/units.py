@@ -137,7 +137,7 @@ class UnitsConfig:
         original.
         """
         equal = (UnitsLayer(heads, heads, 8 * d_model),) * layers
-        return cls(d_model, head_width(d_model, heads), equal, tasks, **rest)
+        return cls(d_model, head_width(d_model, heads), equal, tasks=tasks, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "UnitsConfig":
@@ -167,7 +167,7 @@ class UnitsConfig:
             args["d_model"],
             args["n_heads"],
             args["e_layers"],
-            tuple(
+            tasks=tuple(
                 UnitsTask(
                     name,
                     t["task_name"],
@@ -226,9 +226,9 @@ def _forecasting() -> tuple[UnitsTask, ...]:
 
 _TASKS = _forecasting()
 PRESETS = {
-    "units_x128": UnitsConfig.of(128, 8, 3, _TASKS, dataset="ETTh1"),
-    "units_x64": UnitsConfig.of(64, 8, 3, _TASKS, dataset="ETTh1"),
-    "units_x32": UnitsConfig.of(32, 8, 3, _TASKS, dataset="ETTh1"),
+    "units_x128": UnitsConfig.of(128, 8, 3, tasks=_TASKS, dataset="ETTh1"),
+    "units_x64": UnitsConfig.of(64, 8, 3, tasks=_TASKS, dataset="ETTh1"),
+    "units_x32": UnitsConfig.of(32, 8, 3, tasks=_TASKS, dataset="ETTh1"),
 }
 
 
@@ -571,7 +571,7 @@ class Units(Model):
                 "CLS_b", "classification", "b", context_len=32, horizon=0, n_variates=3, n_classes=2
             ),
         )
-        return UnitsConfig.of(16, 2, 2, tasks, patch_len=8, prompt_len=3)
+        return UnitsConfig.of(16, 2, 2, tasks=tasks, patch_len=8, prompt_len=3)
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
