@@ -468,10 +468,7 @@ class Chronos2(Model):
         """
         cfg = self.config
         n_patches = -(-target.shape[-1] // cfg.patch_len)
-        if n_patches > cfg.max_patches:
-            raise ValueError(
-                f"one forward pass reaches {self.horizon} steps, the target has {target.shape[-1]}"
-            )
+        self._require_reach(target.shape[-1])
         _, taps = self.apply(params, x, n_patches, same=same, future=future, key=key, train=train)
         pad = ((0, 0), (0, 0), (0, n_patches * cfg.patch_len - target.shape[-1]))
         seen = ~jnp.isnan(target) if target_mask is None else (target_mask > 0) & ~jnp.isnan(target)
@@ -500,10 +497,7 @@ class Chronos2(Model):
         """MSE of the median over the observed targets; as far as one forward pass reaches."""
         steps = batch["target"].shape[-1]
         n_patches = -(-steps // self.config.patch_len)
-        if n_patches > self.config.max_patches:
-            raise ValueError(
-                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
-            )
+        self._require_reach(steps)
         x, future = self._group(batch["context"], batch.get("past"), batch.get("known"))
         y_GMRQ, _ = self.apply(params, x, n_patches, future=future, key=key, train=train)
         y_GMRQ = y_GMRQ[:, : batch["target"].shape[1]]

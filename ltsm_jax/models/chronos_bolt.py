@@ -289,10 +289,8 @@ class ChronosBolt(Model):
             if path.startswith(("embed/", "head/")):
                 if path.endswith("/bias"):
                     return Constant(0.0)
-                return Normal(
-                    cfg.init_factor
-                    * (cfg.block_dim if "/out/" in path else 2 * cfg.patch_len) ** -0.5
-                )
+                inputs = cfg.block_dim if "/out/" in path else 2 * cfg.patch_len
+                return Normal(cfg.init_factor * inputs**-0.5)
             return t5.initial(path, shape, cfg.encoder.d_model, factor=cfg.init_factor)
 
         return draw(key, shapes, rule)
@@ -374,7 +372,7 @@ class ChronosBolt(Model):
         """
         cfg, target = self.config, batch["target"]
         b, c, h = target.shape
-        self._check_target(h)
+        self._require_reach(h)
         _, taps = self.apply(params, batch["context"], key=key, train=train)
         y = (target.reshape(b * c, h).astype(jnp.float32) - taps["loc"]) / taps["scale"]
         observed = ~jnp.isnan(y)[:, None]
@@ -388,18 +386,11 @@ class ChronosBolt(Model):
         `horizon` steps.
         """
         target = batch["target"]
-        self._check_target(target.shape[-1])
-        y = self._point(self.apply(params, batch["context"], key=key, train=train)[0])[
-            ..., : target.shape[-1]
-        ]
+        self._require_reach(target.shape[-1])
+        y_BCHQ, _ = self.apply(params, batch["context"], key=key, train=train)
+        y = self._point(y_BCHQ)[..., : target.shape[-1]]
         observed = ~jnp.isnan(target)
         return mean_observed(jnp.square(y - jnp.where(observed, target, 0.0)), observed, batch)
-
-    def _check_target(self, steps: int) -> None:
-        if steps > self.horizon:
-            raise ValueError(
-                f"the model predicts {self.horizon} steps at once; the target has {steps}"
-            )
 
     def _point(self, y_BCHQ: jax.Array) -> jax.Array:
         """The median [B, C, H]: that of the levels, or between the two beside it."""
@@ -415,9 +406,8 @@ class ChronosBolt(Model):
         y_BCHQ, _ = self.apply(params, x_BCT)
         blocks = math.ceil(horizon / cfg.horizon)
         if blocks > 1:
-            y_BCHQ = jnp.concatenate(
-                [y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks=blocks - 1)], axis=2
-            )
+            later_BCHQ = self._rolled_out(params, x_BCT, y_BCHQ, blocks=blocks - 1)
+            y_BCHQ = jnp.concatenate([y_BCHQ, later_BCHQ], axis=2)
         y_BCHQ = y_BCHQ[..., :horizon, :]
         return Forecast(self._point(y_BCHQ), y_BCHQ, levels=cfg.levels)
 
@@ -441,14 +431,13 @@ class ChronosBolt(Model):
         x_RQT = jnp.repeat(x_BCT.reshape(b * c, 1, t), q, axis=1)
         paths = x_RQT, jnp.swapaxes(y_BCHQ.reshape(b * c, h, q), 1, 2)
         if cfg.stride == cfg.patch_len:
-            # of one length throughout: patches of nothing but missing points, on the left, change
-            # nothing
-            paths = (
-                jnp.pad(x_RQT, ((0, 0), (0, 0), (length - t, 0)), constant_values=jnp.nan),
-                paths[1],
-            )
+            # Of one length throughout: patches of nothing but missing points, on the left, change
+            # nothing.
+            front = ((0, 0), (0, 0), (length - t, 0))
+            paths = jnp.pad(x_RQT, front, constant_values=jnp.nan), paths[1]
             _, y_SRQH = jax.lax.scan(step, paths, length=blocks)
-        else:  # patches that overlap begin elsewhere in a longer window
+        else:
+            # Patches that overlap begin elsewhere in a longer window: each window is cut anew.
             found = []
             for _ in range(blocks):
                 paths, y_RQH = step(paths, None)

@@ -219,10 +219,8 @@ def bins(n: int, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """
     step = np.float64(np.float32(np.float32(high) - np.float32(low)) / np.float32(n - 1))
     i = np.arange(n, dtype=np.float64)
-    from_low, from_high = (
-        np.float64(np.float32(low)) + step * i,
-        np.float64(np.float32(high)) - step * (n - 1 - i),
-    )
+    from_low = np.float64(np.float32(low)) + step * i
+    from_high = np.float64(np.float32(high)) - step * (n - 1 - i)
     centres = np.where(i < n // 2, from_low, from_high).astype(np.float32)
     middles = (centres[1:] + centres[:-1]) / np.float32(2)
     limit = np.float32(1e20)
@@ -456,11 +454,9 @@ class ChronosT5(Model):
         shapes = jax.eval_shape(ChronosT5Net(cfg).init, key, ids_11, ids_11, ids_11)["params"]
 
         def rule(path, shape):
-            return (
-                Normal(cfg.init_factor)
-                if path == "shared"
-                else t5.initial(path, shape, cfg.d_model, factor=cfg.init_factor)
-            )
+            if path == "shared":
+                return Normal(cfg.init_factor)
+            return t5.initial(path, shape, cfg.d_model, factor=cfg.init_factor)
 
         return draw(key, shapes, rule)
 
@@ -517,16 +513,15 @@ class ChronosT5(Model):
                 f"Chronos-T5 learns {cfg.horizon} steps at a time, not {target.shape[-1]}; cut the "
                 "target"
             )
-        target = jnp.pad(
-            target.astype(jnp.float32), ((0, 0), (0, 0), (0, short)), constant_values=jnp.nan
-        )
+        # What a target lacks at its end is missing, and has no part in the loss.
+        end = ((0, 0), (0, 0), (0, short))
+        target = jnp.pad(target.astype(jnp.float32), end, constant_values=jnp.nan)
         if train and key is not None and cfg.missing_prob:
             key, missing_key = jax.random.split(key)
             t = context.shape[-1]
             whole = jnp.concatenate([context.astype(jnp.float32), target], axis=-1)
-            share_BC1 = jax.random.uniform(
-                missing_key, (*whole.shape[:2], 1), maxval=cfg.missing_prob
-            )
+            rows = (*whole.shape[:2], 1)
+            share_BC1 = jax.random.uniform(missing_key, rows, maxval=cfg.missing_prob)
             lost = jax.random.uniform(jax.random.fold_in(missing_key, 1), whole.shape) < share_BC1
             whole = jnp.where(lost, jnp.nan, whole)
             context, target = whole[..., :t], whole[..., t:]
@@ -560,9 +555,8 @@ class ChronosT5(Model):
         open_RHV = logits_RNV[:, :h].astype(jnp.float32).at[..., cfg.eos].set(-jnp.inf)
         y_RH = (jax.nn.softmax(open_RHV) @ values_V1)[..., 0] * taps["scale"][:, None]
         observed = ~jnp.isnan(target)
-        error_BCH = jnp.where(
-            observed, y_RH.reshape(b, c, h) - jnp.where(observed, target, 0.0), 0.0
-        )
+        gap_BCH = y_RH.reshape(b, c, h) - jnp.where(observed, target, 0.0)
+        error_BCH = jnp.where(observed, gap_BCH, 0.0)
         return mean_observed(jnp.square(error_BCH), observed, batch)
 
     # --- by sampling

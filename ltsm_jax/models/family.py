@@ -386,6 +386,13 @@ class Model(abc.ABC):
         usual = {"context_len": self.context_len, "horizon": self.horizon, "mode": "ims"}
         return Recipe(source=source, **(usual | numbers))
 
+    def _require_reach(self, steps: int) -> None:
+        """Raises: ValueError for a target beyond one forward pass, of a loss that makes no more."""
+        if steps > self.horizon:
+            raise ValueError(
+                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
+            )
+
     def check_task(self, task: Task) -> None:
         """Raises: ValueError when the family has no such task."""
         if task not in self.tasks:

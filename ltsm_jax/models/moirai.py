@@ -52,6 +52,15 @@ from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
+# Of uni2ts cli/conf/finetune for 1.1-R. Moirai 2 and Moirai-MoE have none there, and take it too.
+FINETUNING = {
+    "lr": 5e-7,
+    "batch_size": 64,
+    "epochs": 10,
+    "schedule": "constant",
+    "weight_decay": 0.1,
+    "clip": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,15 +358,7 @@ class Moirai(Model):
             "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and "
             "context ours"
         )
-        return self._recipe(
-            lr=5e-7,
-            batch_size=64,
-            epochs=10,
-            schedule="constant",
-            source=source,
-            weight_decay=0.1,
-            clip=1.0,
-        )
+        return self._recipe(source=source, **FINETUNING)
 
     # --- the network, and distributions of the future
 
@@ -532,11 +533,9 @@ class Moirai(Model):
         original draws one for each sample, of those that suit its frequency).
         """
         cfg = self.config
-        return (
-            cfg.patch_sizes[len(cfg.patch_sizes) // 2]
-            if cfg.patch_size == "auto"
-            else cfg.patch_size
-        )
+        if cfg.patch_size == "auto":
+            return cfg.patch_sizes[len(cfg.patch_sizes) // 2]
+        return cfg.patch_size
 
     def _distribution(
         self, params: Tree, batch: Batch, key, train: bool
@@ -570,9 +569,9 @@ class Moirai(Model):
         for s, part in enumerate(parts):
             own = multiscale.pooled(truth, 2**s, before=False)
             losses.append(mixture.series_nll(part, *own, rows.get("weight")))
-        return (
-            jax.nn.softmax(params["scale_weights"].astype(jnp.float32)) * jnp.stack(losses)
-        ).sum()
+        # Weights of any size make shares that sum to 1.
+        share_S = jax.nn.softmax(params["scale_weights"].astype(jnp.float32))
+        return (share_S * jnp.stack(losses)).sum()
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets."""

@@ -29,7 +29,7 @@ from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
+from ltsm_jax.layers.initial import Normal, draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.network import nested, run_network
@@ -39,9 +39,8 @@ from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree, flatten
-
-HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
+from ltsm_jax.models.moirai import FINETUNING, HEAD_DIM
+from ltsm_jax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +168,8 @@ class Moirai2Net(nn.Module):
         x_BNI = jnp.concatenate([scaled_BNP, tokens.observed.astype(scaled_BNP.dtype)], axis=-1)
         x_BND, inner = Residual(cfg.d_model, cfg.d_model, name="embed")(x_BNI)
         taps |= nested("embed", inner, x_BND)
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
@@ -228,7 +228,8 @@ class Moirai2(Model):
 
     @property
     def eval_batch(self) -> int:
-        return 32  # times the number of quantiles, once the roll-out has begun
+        # Times the number of quantiles, once the roll-out has begun.
+        return 32
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights and
@@ -242,29 +243,14 @@ class Moirai2(Model):
             width=cfg.patch_size,
         )
         shapes = jax.eval_shape(Moirai2Net(cfg).init, key, tokens)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, shape):
-            if path.endswith("/variate_bias"):
-                return Normal(1.0)
-            return torch_linear(flat, path) or Constant(1.0)
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, torch_rule(shapes, own={"variate_bias": Normal(1.0)}))
 
     def recipe(self) -> Recipe:
         source = (
             "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip "
             "1.0)"
         )
-        return self._recipe(
-            lr=5e-7,
-            batch_size=64,
-            epochs=10,
-            schedule="constant",
-            source=source,
-            weight_decay=0.1,
-            clip=1.0,
-        )
+        return self._recipe(source=source, **FINETUNING)
 
     # --- the network, and what is made of its quantiles
 

@@ -41,10 +41,11 @@ from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
+from ltsm_jax.models.moirai import FINETUNING, HEAD_DIM
 from ltsm_jax.trees import Tree
 
-HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
-N_EXPERTS, TOP_K = 32, 2  # hard-coded in the original
+# Hard-coded in the original.
+N_EXPERTS, TOP_K = 32, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +210,11 @@ class Routed(nn.Module):
     def __call__(self, x_BND, centroid_ED):
         cfg, taps, kept = self.cfg, {}, self.dims.experts.ids
         x_TD = x_BND.reshape(-1, cfg.d_model)
-        wide, centre_ED = (
-            x_TD.astype(jnp.float32),
-            centroid_ED.astype(jnp.float32)[np.asarray(kept)],
-        )
+        wide = x_TD.astype(jnp.float32)
+        centre_ED = centroid_ED.astype(jnp.float32)[np.asarray(kept)]
+
+        # |x - c|^2 from one product of matrices, in full precision: the order of the distances says
+        # which experts a token visits.
         product_TE = jnp.matmul(wide, centre_ED.T, precision=jax.lax.Precision.HIGHEST)
         square_TE = (
             jnp.square(wide).sum(-1, keepdims=True)
@@ -374,7 +376,8 @@ class MoiraiMoe(Model):
 
     @property
     def eval_batch(self) -> int:
-        return 8  # times n_samples, once the roll-out has begun
+        # Times n_samples, once the roll-out has begun.
+        return 8
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights, with
@@ -402,15 +405,7 @@ class MoiraiMoe(Model):
         source = (
             "none in uni2ts for MoE: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip 1.0)"
         )
-        return self._recipe(
-            lr=5e-7,
-            batch_size=64,
-            epochs=10,
-            schedule="constant",
-            source=source,
-            weight_decay=0.1,
-            clip=1.0,
-        )
+        return self._recipe(source=source, **FINETUNING)
 
     # --- the network, and what is made of its next-patch distributions
 

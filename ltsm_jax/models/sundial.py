@@ -29,7 +29,7 @@ from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, ro
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
@@ -184,7 +184,8 @@ class SundialNet(nn.Module):
         }
         positions_BN = (start + jnp.arange(n))[None]
         mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start)
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             cache = None if caches is None else caches[i]
             x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
                 x_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
@@ -227,29 +228,26 @@ class FlowNet(nn.Module):
 
         x_RSD = taps["input_proj"] = Linear((cfg.horizon,), (d,), name="input")(x_RSQ)
         taps["time_freq"] = time_features(t_RS)
-        y_RSD = nn.silu(
-            Linear((TIME_FEATURES,), (d,), name="time_in")(taps["time_freq"].astype(x_RSQ.dtype))
-        )
+        time_in = Linear((TIME_FEATURES,), (d,), name="time_in")
+        y_RSD = nn.silu(time_in(taps["time_freq"].astype(x_RSQ.dtype)))
         y_RSD = taps["time_embed"] = Linear((d,), (d,), name="time_out")(y_RSD)
         taps["cond_embed"] = Linear((d,), (d,), name="condition")(z_R1D)
         y_RSD = nn.silu(y_RSD + taps["cond_embed"])
         for k in range(cfg.flow_depth):
             name = f"block_{k}"
-            shift, scale, gate = jnp.split(
-                Linear((d,), (3 * d,), name=f"{name}_modulation")(y_RSD), 3, axis=-1
-            )
+            # Time and condition say how each block shifts, scales and lets through.
+            modulation = Linear((d,), (3 * d,), name=f"{name}_modulation")
+            shift, scale, gate = jnp.split(modulation(y_RSD), 3, axis=-1)
             h_RSD = nn.LayerNorm(1e-6, dtype=x_RSD.dtype, name=f"{name}_norm")(x_RSD)
             h_RSD = nn.silu(Linear((d,), (d,), name=f"{name}_in")(modulated(h_RSD, shift, scale)))
-            x_RSD = taps[f"res_block{k}"] = x_RSD + gate * Linear((d,), (d,), name=f"{name}_out")(
-                h_RSD
-            )
+            out = Linear((d,), (d,), name=f"{name}_out")
+            x_RSD = taps[f"res_block{k}"] = x_RSD + gate * out(h_RSD)
         shift, scale = jnp.split(Linear((d,), (2 * d,), name="final_modulation")(y_RSD), 2, axis=-1)
         plain = nn.LayerNorm(
             1e-6, use_bias=False, use_scale=False, dtype=x_RSD.dtype, name="final_norm"
         )
-        y_RSQ = taps["final_layer"] = Linear((d,), (cfg.horizon,), name="final")(
-            modulated(plain(x_RSD), shift, scale)
-        )
+        final = Linear((d,), (cfg.horizon,), name="final")
+        y_RSQ = taps["final_layer"] = final(modulated(plain(x_RSD), shift, scale))
         return y_RSQ, taps
 
 
@@ -310,14 +308,7 @@ class Sundial(Model):
             )
         shapes["flow"] = flow["params"]
 
-        def rule(path, _):
-            return (
-                Normal(cfg.init_std)
-                if path.endswith("/kernel")
-                else Constant(float(path.endswith("/scale")))
-            )
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, normal_rule(cfg.init_std))
 
     def recipe(self) -> Recipe:
         source = (
@@ -371,11 +362,8 @@ class Sundial(Model):
         NaN in the target, and what lies past its end, does not count. The context is cut to its
         newest whole patches. Without a key the draws are the same each time.
         """
-        p, q, context = (
-            self.config.patch_len,
-            self.config.horizon,
-            batch["context"].astype(jnp.float32),
-        )
+        p, q = self.config.patch_len, self.config.horizon
+        context = batch["context"].astype(jnp.float32)
         if context.shape[-1] < p:
             raise ValueError(
                 f"the loss needs a context of one patch ({p}), got {context.shape[-1]} steps"
@@ -385,9 +373,9 @@ class Sundial(Model):
         series_BCT = (jnp.concatenate([context, batch["target"]], axis=-1) - mean_BC1) / std_BC1
         x_BCT = fill_missing(series_BCT[..., : context.shape[-1]])
         (b, c), n = context.shape[:2], context.shape[-1] // p
-        noise_key, time_key, drop_key = jax.random.split(
-            jax.random.key(0) if key is None else key, 3
-        )
+        # Every token has draws of its own, and a loss without a key the same ones each time.
+        own_key = jax.random.key(0) if key is None else key
+        noise_key, time_key, drop_key = jax.random.split(own_key, 3)
         rows = (self.config.train_draws, b * c * n)
         noise, t = jax.random.normal(noise_key, (*rows, q)), jax.random.uniform(time_key, rows)
         return self.token_loss(
@@ -438,9 +426,8 @@ class Sundial(Model):
         noised_RMQ = t_RM[..., None] * want_R1Q + (1 - t_RM[..., None]) * noise_RMQ
         clean_RMQ, _ = self.flow(params, noised_RMQ, t_RM, z_R1D=z_BCND.reshape(-1, 1, d))
         weight_Q = (1.0 / jnp.arange(1, q + 1)).reshape(1, 1, q) * count_BCNQ.reshape(-1, 1, q)
-        error_BCN = (weight_Q * jnp.square(clean_RMQ - want_R1Q)).sum((1, 2)).reshape(
-            b, c, n
-        ) / draws
+        error_R = (weight_Q * jnp.square(clean_RMQ - want_R1Q)).sum((1, 2))
+        error_BCN = error_R.reshape(b, c, n) / draws
         return mean_observed(error_BCN, token_BCN, batch or {})
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:

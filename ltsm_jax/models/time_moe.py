@@ -32,7 +32,7 @@ from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, greedy_sizes, roll_out
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, head_width, layer_problems
-from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, GatedMLP
@@ -331,9 +331,8 @@ def balance(
     slots_TKE = jnp.concatenate([jax.nn.one_hot(c, n_experts) for c in chosen_LTK])
     p_TE = jnp.concatenate(p_LTE)
     # an expert that is masked is chosen only to fill up the k, with probability 0
-    slots_TKE = (
-        slots_TKE * (jnp.take_along_axis(p_TE, jnp.concatenate(chosen_LTK), axis=1) > 0)[..., None]
-    )
+    likely_TK = jnp.take_along_axis(p_TE, jnp.concatenate(chosen_LTK), axis=1) > 0
+    slots_TKE = slots_TKE * likely_TK[..., None]
     weight = jnp.ones(p_TE.shape[0]) if weight_T is None else jnp.tile(weight_T, len(p_LTE))
     weight = weight / weight.sum()
     share_KE = jnp.einsum("T,TKE->KE", weight, slots_TKE)
@@ -348,7 +347,8 @@ class TimeMoe(Model):
 
     family = "time_moe"
     published = PRESETS
-    rows_apart = False  # the balance term is of all tokens of a batch
+    # The balance term is of all tokens of a batch.
+    rows_apart = False
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"
     shard_rules = (
@@ -400,13 +400,7 @@ class TimeMoe(Model):
         """N(0, init_std^2) for every matrix, biases 0, norms 1."""
         point_11 = jax.ShapeDtypeStruct((1, 1), jnp.float32)
         shapes = jax.eval_shape(TimeMoeNet(self.config).init, key, point_11)["params"]
-
-        def rule(path, _):
-            if path.endswith(("/bias", "/scale")):
-                return Constant(float(path.endswith("/scale")))
-            return Normal(self.config.init_std)
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, normal_rule(self.config.init_std))
 
     def recipe(self) -> Recipe:
         source = (
@@ -475,9 +469,9 @@ class TimeMoe(Model):
         """
         context = batch["context"].astype(jnp.float32)
         z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context)
-        labels_BCT = (
-            jnp.concatenate([context[..., 1:], batch["target"]], axis=-1) - mean_BC1
-        ) / std_BC1
+        # Every point is to say what follows it: the labels are the series one point on.
+        later_BCT = jnp.concatenate([context[..., 1:], batch["target"]], axis=-1)
+        labels_BCT = (later_BCT - mean_BC1) / std_BC1
         return self.token_loss(
             params,
             z_BCT,
@@ -625,9 +619,8 @@ class TimeMoe(Model):
         # What the last step predicts goes nowhere.
         fed = sum(greedy_sizes(horizon, cfg.horizons)[:-1])
         if fed:
-            z_RT = jnp.concatenate(
-                [z_RT, self.generate(params, z_RT, horizon, observed_BL=seen_RT)[:, :fed]], axis=1
-            )
+            new_RH = self.generate(params, z_RT, horizon, observed_BL=seen_RT)
+            z_RT = jnp.concatenate([z_RT, new_RH[:, :fed]], axis=1)
             seen_RT = jnp.pad(seen_RT, ((0, 0), (0, fed)), constant_values=1)
         # the attention is causal, so one pass over all points sends them where the steps have sent
         # them

@@ -22,7 +22,7 @@ from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, draw, torch_linear
+from ltsm_jax.layers.initial import draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
@@ -32,7 +32,7 @@ from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree, flatten
+from ltsm_jax.trees import Tree
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
 # Rows of the original's position table: the longest sequence it can take, in patches.
@@ -199,12 +199,12 @@ class TimerNet(nn.Module):
         n = p_BNP.shape[1]
         if n > TABLE_LEN:
             raise ValueError(f"{n} patches; Timer's position table has {TABLE_LEN} rows")
-        x_BND = taps["value_embed"] = Linear(
-            (cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed"
-        )(p_BNP)
+        embed = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")
+        x_BND = taps["value_embed"] = embed(p_BNP)
         x_BND = taps["embed"] = x_BND + jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)[None]
         x_BND = Dropout(cfg.dropout)(x_BND, train)
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, train)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = nn.LayerNorm(epsilon=1e-5, name="norm")(x_BND)
@@ -241,12 +241,7 @@ class Timer(Model):
         """
         patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
         shapes = jax.eval_shape(TimerNet(self.config).init, key, patch_11P)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, shape):
-            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, torch_rule(shapes))
 
     def recipe(self) -> Recipe:
         if self.config in (PRESETS["timer-tiny"], PRESETS["timer-small"]):
@@ -376,10 +371,10 @@ class Timer(Model):
             y_BCP = self.apply(params, window_BCT)[0][..., -p:]
             return jnp.concatenate([window_BCT[..., p:], y_BCP], axis=-1), y_BCP
 
+        # The window has one length throughout, so that all steps are one program.
         _, y_SBCP = jax.lax.scan(step, x_BCT, length=steps)
-        return Forecast(
-            jnp.moveaxis(y_SBCP, 0, 2).reshape(*x_BCT.shape[:2], steps * p)[..., :horizon]
-        )
+        y_BCT = jnp.moveaxis(y_SBCP, 0, 2).reshape(*x_BCT.shape[:2], steps * p)
+        return Forecast(y_BCT[..., :horizon])
 
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
         """Reconstruction [B, C, T] of x where `observed` is 0, in data units. T must be whole
@@ -395,9 +390,8 @@ class Timer(Model):
                 f"imputation needs a series of whole patches ({p}), got {x.shape[-1]} steps"
             )
         observed = jnp.where(jnp.isnan(x), 0.0, observed.astype(jnp.float32))
-        y_BCT, _ = self.apply(
-            params, jnp.where(observed == 0, 0.0, x), observed, key=key, train=train
-        )
+        shown_BCT = jnp.where(observed == 0, 0.0, x)
+        y_BCT, _ = self.apply(params, shown_BCT, observed, key=key, train=train)
         if not ims:
             return y_BCT
         return jnp.concatenate([fill_missing(x)[..., :p], y_BCT[..., :-p]], axis=-1)
@@ -408,6 +402,6 @@ class Timer(Model):
         default). Missing values take the last value before them.
         """
         x = fill_missing(x)
-        return self.apply(
-            params, x[..., : -self.config.patch_len] if ims else x, key=key, train=train
-        )[0]
+        # What the last patch predicts lies behind the series.
+        x = x[..., : -self.config.patch_len] if ims else x
+        return self.apply(params, x, key=key, train=train)[0]

@@ -33,7 +33,7 @@ from ltsm_jax.layers.causal import (
 )
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
-from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import GatedMLP
@@ -163,16 +163,16 @@ class TimerHfNet(nn.Module):
     ):
         cfg, taps, kept = self.cfg, {"patches": p_BNP}, []
         n = p_BNP.shape[1]
-        x_BND = taps["embed"] = Linear(
-            (cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed"
-        )(p_BNP)
+        embed = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")
+        x_BND = taps["embed"] = embed(p_BNP)
         positions_BN = (start + jnp.arange(n))[None]
         if observed_BN is not None:
             positions_BN = jnp.where(observed_BN != 0, jnp.cumsum(observed_BN, axis=1) - 1, 1)
         mask_BHNS = causal_mask(
             n, n if caches is None else caches[0][0].shape[2], start=start, observed_BS=observed_BN
         )
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             cache = None if caches is None else caches[i]
             x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
                 x_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
@@ -228,21 +228,14 @@ class TimerHf(Model):
 
     @property
     def eval_batch(self) -> int:
-        return 512  # the caches of a long roll-out take a MB per token and 100 windows
+        # The caches of a long roll-out take a MB per token and 100 windows.
+        return 512
 
     def init(self, key: jax.Array) -> Tree:
         """N(0, init_std^2) for every matrix, biases 0, norms 1 and 0."""
         patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
         shapes = jax.eval_shape(TimerHfNet(self.config).init, key, patch_11P)["params"]
-
-        def rule(path, _):
-            return (
-                Normal(self.config.init_std)
-                if path.endswith("/kernel")
-                else Constant(float(path.endswith("scale")))
-            )
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, normal_rule(self.config.init_std))
 
     def recipe(self) -> Recipe:
         p = self.config.patch_len
@@ -350,15 +343,13 @@ class TimerHf(Model):
         if x_BL.shape[-1] < self.config.patch_len:
             x_BL = jnp.pad(x_BL, ((0, 0), (self.config.patch_len - x_BL.shape[-1], 0)), mode="edge")
         if self.config.scaling == "context":
-            y_BH = (
-                self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key=key, train=train)
-                * std_B1
-                + mean_B1
-            )
+            z_BL = (x_BL - mean_B1) / std_B1
+            z_BH = self.generate(params, z_BL, horizon, key=key, train=train)
+            y_BH = z_BH * std_B1 + mean_B1
         else:
-            y_BH = self.generate_as_original(
-                params, x_BL, horizon, use_cache=self.config.scaling == "fed"
-            )
+            # The original scales what it is fed: with its cache, the newest points alone.
+            fed = self.config.scaling == "fed"
+            y_BH = self.generate_as_original(params, x_BL, horizon, use_cache=fed)
         return y_BH.reshape(b, c, horizon)
 
     def generate(
@@ -369,9 +360,11 @@ class TimerHf(Model):
         """
         p, cfg = self.config.patch_len, self.config
         sizes, x_BL = greedy_sizes(horizon, cfg.horizons), x_BL[:, x_BL.shape[-1] % p :]
-        if len(sizes) == 1:  # nothing to keep
+        # One step needs no cache. Steps that are no whole patches move the borders of the patches,
+        # so that each reads the series anew.
+        if len(sizes) == 1:
             return self._next(params, x_BL, sizes[0], key=key, train=train)[0][:, :horizon]
-        if any(q % p for q in sizes[:-1]):  # the borders of the patches move: anew at each step
+        if any(q % p for q in sizes[:-1]):
             length = x_BL.shape[-1]
             for q in sizes:
                 y_BQ, *_ = self._next(
@@ -409,10 +402,8 @@ class TimerHf(Model):
         length, sizes = x_BL.shape[-1], greedy_sizes(horizon, self.config.horizons)
         room = (length + sum(sizes)) // p
         caches = self._cache(x_BL.shape[0], room) if use_cache else None
-        kept, counted = (
-            0,
-            length // p,
-        )  # tokens in the cache; tokens by the original's attention mask
+        # Tokens in the cache, and tokens by the original's attention mask.
+        kept, counted = 0, length // p
         for q in sizes:
             fed_BT = x_BL[:, kept * p :]
             if kept + fed_BT.shape[-1] // p != counted or fed_BT.shape[-1] < p:

@@ -28,7 +28,7 @@ from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
+from ltsm_jax.layers.initial import Normal, draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
@@ -38,7 +38,7 @@ from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree, flatten
+from ltsm_jax.trees import Tree
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
 PATCHES = 30  # of the longest context that the checkpoint was trained with: 2880 points
@@ -161,12 +161,10 @@ class TimeAttention(nn.Module):
         q_BHSK = taps["q"] = _half_turned(project("q"))
         k_BHSK = taps["k"] = _half_turned(project("k"))
         v_BHSK = project("v")
-        shape = (2, dims.heads)
-        bias_2H = (
-            self.param("variate_bias", nn.initializers.zeros, shape)
-            if dims.heads
-            else jnp.zeros(shape)
-        )
+        # Without heads there is no leaf: neither files nor optimisers need to know of it.
+        bias_2H = jnp.zeros((2, 0))
+        if dims.heads:
+            bias_2H = self.param("variate_bias", nn.initializers.zeros, (2, dims.heads))
         bias_HSS = jnp.where(same_SS[None], bias_2H[1][:, None, None], bias_2H[0][:, None, None])
         taps["bias"] = jnp.broadcast_to(bias_HSS[None], (len(x_BSD), *bias_HSS.shape))
         scale = dims.qk**-0.5
@@ -231,7 +229,8 @@ class TimerXLNet(nn.Module):
         x_BCND = taps["embed"] = Linear((p,), (cfg.d_model,), name="embed")(p_BCNP)
         x_BSD = x_BCND.reshape(b, c * n, cfg.d_model)
         seen_SS, same_SS = variate_mask(c, n, cfg.covariate)
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             x_BSD, inner = Block(cfg, dims, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train=train)
             taps |= nested(f"layer_{i}", inner, x_BSD)
         x_BSD = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name="norm")(x_BSD)
@@ -280,14 +279,7 @@ class TimerXL(Model):
         """
         patch_111P = jax.ShapeDtypeStruct((1, 1, 1, self.config.patch_len), jnp.float32)
         shapes = jax.eval_shape(TimerXLNet(self.config).init, key, patch_111P)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, _):
-            if path.endswith("/variate_bias"):
-                return Normal(1.0)
-            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, torch_rule(shapes, own={"variate_bias": Normal(1.0)}))
 
     def recipe(self) -> Recipe:
         source = (

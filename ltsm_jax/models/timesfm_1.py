@@ -333,7 +333,8 @@ class TimesFM1Net(nn.Module):
             & (padded_BN == 0)[:, None, None]
             & (padded_BN == 0)[:, None, :, None]
         )
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, padded_BN, seen_BHNS)
             taps |= nested(f"layer_{i}", inner, x_BND)
         columns = 1 + len(cfg.quantiles)

@@ -28,7 +28,7 @@ from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
-from ltsm_jax.layers.initial import Constant, draw, torch_linear
+from ltsm_jax.layers.initial import draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
@@ -40,7 +40,7 @@ from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree, flatten
+from ltsm_jax.trees import Tree
 
 LOG2_E = 1.442695041  # as the original rounds it
 MIN_SCALE = 1e-6  # a smaller deviation does not divide
@@ -292,7 +292,8 @@ class TimesFM2p5Net(nn.Module):
         seen_BHNS = (jnp.arange(s)[None] <= place_N[:, None])[None, None]
         seen_BHNS = seen_BHNS & (jnp.arange(s)[None] >= padded_B[:, None])[:, None, None]
         positions_BN = place_N[None] - padded_B[:, None]
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             block = Block(cfg, dims, name=f"layer_{i}")
             x_BND, cache, inner = block(
                 x_BND, positions_BN, seen_BHNS, cache=caches[i] if caches else None, start=start
@@ -418,12 +419,7 @@ class TimesFM2p5(Model):
         patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
         none = jax.ShapeDtypeStruct((1,), jnp.int32)
         shapes = jax.eval_shape(TimesFM2p5Net(cfg).init, key, patches, patches, none)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, shape):
-            return torch_linear(flat, path) or Constant(0.0)
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, torch_rule(shapes, scale=0.0))
 
     def recipe(self) -> Recipe:
         source = "google-research/timesfm timesfm-forecasting/examples/finetuning/finetune_lora.py"

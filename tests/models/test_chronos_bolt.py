@@ -149,7 +149,7 @@ def test_losses_of_a_forecast_worked_out_by_hand(small):
     np.testing.assert_allclose(
         jax.jit(model.point_loss)(params, batch), np.nanmean(square), rtol=1e-4
     )
-    with pytest.raises(ValueError, match="predicts 16 steps at once; the target has 17"):
+    with pytest.raises(ValueError, match="one forward pass reaches 16 steps, the target has 17"):
         model.loss(params, {"context": x, "target": waves(2, 17)})
 
 
