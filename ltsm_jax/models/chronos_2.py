@@ -43,14 +43,13 @@ from ltsm_jax.layers.quantiles import DECILES, at_levels, level_problems, median
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
-from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe, windows_that_fit
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
 PATHS = DECILES  # quantile levels along which long horizons are rolled out
 LEVELS = (0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.99)
-MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,13 +200,13 @@ class Layer(nn.Module):
         def norm(i):
             return RMSNorm(cfg.eps, name=f"norm{i}")(x_GMSD)
 
-        hide = seen_GMS[:, :, None, None, :]
+        seen = seen_GMS[:, :, None, None, :]
         attend = Attention(cfg, self.dims.time, True, name="time")
-        y = attend(norm(1), hide, train)
+        y = attend(norm(1), seen, train)
         x_GMSD = taps["time"] = x_GMSD + drop(y)
-        hide = same_GMM[:, None, None] & jnp.swapaxes(seen_GMS, 1, 2)[:, :, None, None, :]
+        seen = same_GMM[:, None, None] & jnp.swapaxes(seen_GMS, 1, 2)[:, :, None, None, :]
         attend = Attention(cfg, self.dims.group, False, name="group")
-        y = attend(jnp.swapaxes(norm(2), 1, 2), hide, train)
+        y = attend(jnp.swapaxes(norm(2), 1, 2), seen, train)
         x_GMSD = taps["group"] = x_GMSD + drop(jnp.swapaxes(y, 1, 2))
         width_F, activation = self.dims.ffn, cfg.activation
         y = feed_forward(norm(3), width_F, activation, use_bias=False, dropout=drop)
@@ -322,7 +321,7 @@ class Chronos2(Model):
         cfg = self.config
         tokens = cfg.context_len // cfg.patch_len + cfg.max_patches + 1
         row = 40 * tokens * max(max(dims.ffn, dims.time.heads * tokens) for dims in cfg.layers)
-        return 1 << max(int(math.log2(MEMORY / row)), 0)
+        return windows_that_fit(row)
 
     def init(self, key: jax.Array) -> Tree:
         """Everything is multiplied by the factor, the scales of the norms too."""

@@ -33,12 +33,11 @@ from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, windows_that_fit
 from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
-MEMORY = 2 << 30  # bytes that the widest activations of one evaluation batch may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +272,7 @@ class ChronosBolt(Model):
         tokens = cfg.context_len // cfg.stride + 1
         heads = max(layer.attn.heads for layer in cfg.encoder.layers)
         row = 4 * tokens * max(2 * cfg.block_dim, heads * tokens)
-        return 1 << max(int(math.log2(MEMORY / (len(cfg.levels) * row))), 0)
+        return windows_that_fit(len(cfg.levels) * row, memory=2 << 30)
 
     def init(self, key: jax.Array) -> Tree:
         """Everything is multiplied by the factor, the scales of the norms too. The head's first

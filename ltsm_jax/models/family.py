@@ -8,6 +8,7 @@ side of attention, Q quantiles. In [B, C, H] of a forecast, H is the horizon.
 
 import abc
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -86,6 +87,13 @@ class Recipe:
     clip: float | None = None
     trainable: str | None = None
     lora: Lora | None = None
+
+
+def windows_that_fit(bytes_each: float, memory: int = 1 << 30) -> int:
+    """The largest power of two of windows, at least 1, whose widest activations fit into so many
+    bytes: for `Model.eval_batch`.
+    """
+    return 1 << max(int(math.log2(memory / bytes_each)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +240,16 @@ class Model(abc.ABC):
         steps = batch["target"].shape[-1]
         point_BCH = self._forecast(params, batch["context"], steps, key=key, train=train)
         return mse_observed(point_BCH, batch["target"], batch)
+
+    def _require_reach(self, steps: int) -> None:
+        """Refuse a target of more than `horizon` steps, for losses that do not roll out.
+
+        Raises: ValueError with both lengths.
+        """
+        if steps > self.horizon:
+            raise ValueError(
+                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
+            )
 
     def _forecast(
         self, params: Tree, context: jax.Array, horizon: int, key=None, train: bool = False
@@ -385,13 +403,6 @@ class Model(abc.ABC):
         """
         usual = {"context_len": self.context_len, "horizon": self.horizon, "mode": "ims"}
         return Recipe(source=source, **(usual | numbers))
-
-    def _require_reach(self, steps: int) -> None:
-        """Raises: ValueError for a target beyond one forward pass, of a loss that makes no more."""
-        if steps > self.horizon:
-            raise ValueError(
-                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
-            )
 
     def check_task(self, task: Task) -> None:
         """Raises: ValueError when the family has no such task."""

@@ -276,9 +276,9 @@ class MoiraiNet(nn.Module):
         return y, taps | nested("head", raw)
 
 
-def _filled(x: jax.Array, missing: int, fill: float | bool) -> jax.Array:
-    """x [..., T] with `missing` steps more in front."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing, 0)], constant_values=fill)
+def _filled(x: jax.Array, missing: int) -> jax.Array:
+    """x [..., T] with `missing` steps of 0 or False more in front."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing, 0)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,8 +409,8 @@ class Moirai(Model):
         """Distribution [B, C, H] of the steps after `past`, in its units.
 
         patch: one of `patch_sizes`. lean: for a forecast, see `layers.scan`. scale: see
-        `MoiraiNet`, for models of one scale. future, covariates: `is_pad`, `known`, `past_known`,
-        see `layers.packed.pack`; of several scales there is `is_pad` alone.
+        `MoiraiNet`, for models of one scale. future, covariates: `begun_BT`, `known`, `past_known`,
+        see `layers.packed.pack`; of several scales there is `begun_BT` alone.
         """
         if self.config.multiscale:
             parts = self.scaled_future(
@@ -435,7 +435,7 @@ class Moirai(Model):
         key=None,
         train=False,
         lean=False,
-        is_pad=None,
+        begun_BT=None,
     ) -> tuple[Mixture, ...]:
         """Distributions [B, C, ceil(H / 2^s)] of the coming steps of each scale s; arguments as of
         `future`.
@@ -444,7 +444,7 @@ class Moirai(Model):
         assert how is not None, "this model has one scale"
         c, width = past[0].shape[1], max(self.config.patch_sizes)
         tokens, layout = multiscale.pack_scales(
-            past, horizon, patch, width=width, how=how, is_pad=is_pad
+            past, horizon, patch, width=width, how=how, begun_BT=begun_BT
         )
         only = layout.first, layout.first + sum(layout.futures)
         y, _ = self.apply(
@@ -462,7 +462,9 @@ class Moirai(Model):
             begin += n
         return tuple(parts)
 
-    def best_future(self, params: Tree, past: Series, horizon: int, context_len: int, is_pad=None):
+    def best_future(
+        self, params: Tree, past: Series, horizon: int, context_len: int, begun_BT=None
+    ):
         """`future` after the last `context_len` steps of `past`, at the patch size that would have
         forecast the last `horizon` steps best, each row its own: (mixture, validation losses [Z,
         B]).
@@ -472,32 +474,22 @@ class Moirai(Model):
         """
         (x, observed), sizes = past, self.config.patch_sizes
         b, _, t = x.shape
-        pad = jnp.zeros((b, t), bool) if is_pad is None else is_pad
+        begun = jnp.ones((b, t), bool) if begun_BT is None else begun_BT
         held, first = min(horizon, t // 2), max(t - context_len, 0)
         length = max(t - held, t - first)
 
         def window(start: int, stop: int) -> tuple[jax.Array, ...]:
-            """Values, observed and padding of the steps from `start` to `stop`, `length` of them
-            with padding.
+            """Values, observed and begun of the steps from `start` to `stop`, filled up in front
+            to `length`.
             """
             missing = length - (stop - start)
-            series = (leaf[..., start:stop] for leaf in (x, observed, pad))
-            fills = (0.0, False, True)
-            return tuple(
-                _filled(leaf, missing, fill) for leaf, fill in zip(series, fills, strict=True)
-            )
+            series = (leaf[..., start:stop] for leaf in (x, observed, begun))
+            return tuple(_filled(leaf, missing) for leaf in series)
 
         def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture | ScaleMixture:
-            x, observed, pad, *scale = window
-            return self.future(
-                params,
-                (x, observed),
-                steps,
-                patch=patch,
-                lean=True,
-                scale=scale or None,
-                is_pad=pad,
-            )
+            x, observed, begun, *scale = window
+            past, more = (x, observed), {"scale": scale or None, "begun_BT": begun}
+            return self.future(params, past, steps, patch=patch, lean=True, **more)
 
         # A forecast of the end of the context, which is known, and of the horizon, at each size.
         stacked = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))

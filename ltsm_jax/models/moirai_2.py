@@ -307,7 +307,7 @@ class Moirai2(Model):
     def quantiles(self, params: Tree, past: Series, horizon: int, **covariates) -> jax.Array:
         """Quantiles [B, C, H, Q] after `past`, in its units; rolled out where they are far.
 
-        covariates: `is_pad`, `known`, `past_known`, see `layers.packed.pack`.
+        covariates: `begun_BT`, `known`, `past_known`, see `layers.packed.pack`.
         """
         cfg, (b, c, t) = self.config, past[0].shape
         p, k, q = cfg.patch_size, cfg.n_patches, len(cfg.levels)

@@ -44,6 +44,7 @@ from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows
 from ltsm_jax.layers.network import run_network
+from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -234,6 +235,7 @@ def random_mask(
     Blocks that are not all data are hidden too. T is cut to whole blocks. key: may be None where
     ratio is 0.
     """
+    # Blocks of data in an order by chance, the others behind them; the first ones stay visible.
     data = whole_patches(input_mask, block)
     noise = jnp.zeros_like(data) if key is None else jax.random.uniform(key, data.shape)
     rank = jnp.argsort(jnp.argsort(jnp.where(data == 1, noise, 2.0), axis=-1), axis=-1)
@@ -417,6 +419,7 @@ class Moment(Model):
         }
         if unknown := sorted(sizes.keys() - known.get(head, set()) - {"head_dropout"}):
             raise ValueError(f"a {head} head has no {', '.join(unknown)}")
+        # The sizes of the head before are no part of the new one's config.
         blank = {"horizon": 0, "n_classes": 0, "n_variates": 0, "reduction": "concat", "head": head}
         model = Moment(dataclasses.replace(self.config, **(blank | sizes)))
         return model, dict(params) | model._draw(key, {"head": model._shapes()["head"]})
@@ -532,6 +535,7 @@ class Moment(Model):
             )
         data = jnp.ones((x_BCT.shape[0], 1, x_BCT.shape[-1])) if input_mask is None else input_mask
         z_BCT, mean_BC1, std_BC1 = standardised(x_BCT, data)
+        # What moves out in front comes in behind, where it is hidden: no value of it is read.
         data = jnp.roll(data, -new, axis=-1).at[..., -new:].set(1)
         visible = jnp.ones_like(data).at[..., -new:].set(0)
         y_BCT, taps = self._net(
@@ -587,6 +591,7 @@ class Moment(Model):
         cfg = self.config
         if cfg.head == "classification":
             self._need("forecasting", "a forecast")
+        # Zero-shot passes hide as little as will do: equal parts of the horizon, in whole patches.
         steps = -(-horizon // self.horizon)
         ahead = self.horizon
         if cfg.head == "reconstruction":
@@ -614,7 +619,7 @@ class Moment(Model):
             ), y
 
         _, y_SBCH = jax.lax.scan(step, (x_BCW, data_BCW), jnp.arange(steps))
-        return jnp.moveaxis(y_SBCH, 0, 2).reshape(*x_BCW.shape[:2], -1)[..., :horizon]
+        return end_to_end(y_SBCH)[..., :horizon]
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """The original's loss of the head that is on.
@@ -652,6 +657,7 @@ class Moment(Model):
         self._need("reconstruction", "this loss")
         x_BCT = batch["context"]
         y_BCT, _ = self.apply(params, x_BCT, input_mask=input_mask, mask=mask, key=key, train=train)
+        # What the network saw is no test of it, and padding or NaN no target.
         scored = input_mask * (1 - mask) * ~jnp.isnan(x_BCT)
         weight = batch.get("weight", jnp.ones(x_BCT.shape[0])).reshape(-1, 1, 1)
         error = jnp.square(y_BCT - jnp.nan_to_num(x_BCT)) * scored
@@ -695,12 +701,14 @@ class Moment(Model):
         """
         p, t = self.config.patch_len, arrays_BCT[0].shape[-1]
         w = self.config.n_patches * p
+        # One short window, of as many patches as there are.
         if t <= w:
             pad = -t % p
             arrays = [jnp.pad(a, ((0, 0), (0, 0), (pad, 0))) for a in arrays_BCT]
             data = (jnp.arange(t + pad) >= pad).astype(jnp.float32)
             data = jnp.broadcast_to(data.reshape(1, 1, -1), (arrays[0].shape[0], 1, t + pad))
             return f(arrays[0], data, *arrays[1:])[..., pad:]
+        # Whole windows, as rows of one batch; of the first one only what no other holds is kept.
         n = -(-t // w)
         starts = [max(t - (n - i) * w, 0) for i in range(n)]
 
@@ -751,6 +759,7 @@ def standardised(x_BCT: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Arra
     deviation.
     """
     x_BCT = x_BCT.astype(jnp.float32)
+    # Hidden points are scaled too, though they count neither in the mean nor in the deviation.
     known = (seen != 0) & ~jnp.isnan(x_BCT)
     n_BC1 = jnp.maximum(known.sum(-1, keepdims=True), 1)
     mean_BC1 = jnp.where(known, x_BCT, 0.0).sum(-1, keepdims=True) / n_BC1

@@ -27,7 +27,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
-from ltsm_jax.layers.patches import newest_patches
+from ltsm_jax.layers.patches import end_to_end, newest_patches
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
@@ -373,8 +373,7 @@ class Timer(Model):
 
         # The window has one length throughout, so that all steps are one program.
         _, y_SBCP = jax.lax.scan(step, x_BCT, length=steps)
-        y_BCT = jnp.moveaxis(y_SBCP, 0, 2).reshape(*x_BCT.shape[:2], steps * p)
-        return Forecast(y_BCT[..., :horizon])
+        return Forecast(end_to_end(y_SBCP)[..., :horizon])
 
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
         """Reconstruction [B, C, T] of x where `observed` is 0, in data units. T must be whole

@@ -33,7 +33,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
-from ltsm_jax.layers.patches import newest_patches, token_labels
+from ltsm_jax.layers.patches import end_to_end, newest_patches, token_labels
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -383,5 +383,4 @@ class TimerXL(Model):
                 window_BCT, y_BCQ = step(window_BCT, None)
                 found.append(y_BCQ)
             y_SBCQ = jnp.stack(found)
-        y_BCT = jnp.moveaxis(y_SBCQ, 0, 2).reshape(*context_BCT.shape[:2], steps * q)
-        return y_BCT[..., :horizon]
+        return end_to_end(y_SBCQ)[..., :horizon]

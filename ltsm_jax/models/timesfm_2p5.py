@@ -261,9 +261,9 @@ class Block(nn.Module):
 
 
 class TimesFM2p5Net(nn.Module):
-    """Scaled patches [B, N, P] and which points are padding [B, N, P] -> scaled outputs [B, N, O, 1
-    + Q] and spreads [B, N, spread_len, 1 + Q] (of the last patch alone: N is 1), the caches of all
-    layers, the named steps between.
+    """Scaled patches [B, N, P] and which points are observed [B, N, P] -> scaled outputs [B, N, O,
+    1 + Q] and spreads [B, N, spread_len, 1 + Q] (of the last patch alone: N is 1), the caches of
+    all layers, the named steps between.
 
     padded_B: how many patches in front are padding. caches: of the `start` patches that came
     before.
@@ -275,7 +275,7 @@ class TimesFM2p5Net(nn.Module):
     def __call__(
         self,
         z_BNP,
-        padding_BNP,
+        observed_BNP,
         padded_B,
         caches: list[Cache] | None = None,
         start=0,
@@ -285,9 +285,9 @@ class TimesFM2p5Net(nn.Module):
         n = z_BNP.shape[1]
         s = caches[0][0].shape[2] if caches else n
         embed = ResidualBlock(2 * cfg.patch_len, cfg.embed_dim, cfg.d_model, name="embed")
-        x_BND = taps["embed"] = embed(
-            jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1)
-        )
+        # The original's mask, which its weights are made for, is 1 where nothing is observed.
+        mask_BNP = (~observed_BNP).astype(z_BNP.dtype)
+        x_BND = taps["embed"] = embed(jnp.concatenate([z_BNP, mask_BNP], axis=-1))
         place_N = start + jnp.arange(n)
         seen_BHNS = (jnp.arange(s)[None] <= place_N[:, None])[None, None]
         seen_BHNS = seen_BHNS & (jnp.arange(s)[None] >= padded_B[:, None])[:, None, None]
@@ -317,14 +317,14 @@ class TimesFM2p5Net(nn.Module):
         return y_BNOQ, w_BN_.reshape(*w_BN_.shape[:2], cfg.spread_len, columns), kept, taps
 
 
-def running_stats(x_BNP: jax.Array, padding_BNP: jax.Array, before: Stats | None = None) -> Stats:
-    """Statistics [B, N] of all values up to the end of each patch, padding left out, on top of
-    those `before` [B].
+def running_stats(x_BNP: jax.Array, observed_BNP: jax.Array, before: Stats | None = None) -> Stats:
+    """Statistics [B, N] of all observed values up to the end of each patch, on top of those
+    `before` [B].
     """
-    observed_BNP = 1.0 - padding_BNP
-    n_BN = observed_BNP.sum(-1)
-    mean_BN = (x_BNP * observed_BNP).sum(-1) / jnp.maximum(n_BN, 1.0)
-    squares_BN = (jnp.square(x_BNP - mean_BN[..., None]) * observed_BNP).sum(-1)
+    weight_BNP = observed_BNP.astype(jnp.float32)
+    n_BN = weight_BNP.sum(-1)
+    mean_BN = (x_BNP * weight_BNP).sum(-1) / jnp.maximum(n_BN, 1.0)
+    squares_BN = (jnp.square(x_BNP - mean_BN[..., None]) * weight_BNP).sum(-1)
     found = jax.lax.associative_scan(merged, (n_BN, mean_BN, squares_BN), axis=1)
     if before is None:
         return found
@@ -417,8 +417,9 @@ class TimesFM2p5(Model):
         """
         cfg = self.config
         patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
+        observed = jax.ShapeDtypeStruct(patches.shape, bool)
         none = jax.ShapeDtypeStruct((1,), jnp.int32)
-        shapes = jax.eval_shape(TimesFM2p5Net(cfg).init, key, patches, patches, none)["params"]
+        shapes = jax.eval_shape(TimesFM2p5Net(cfg).init, key, patches, observed, none)["params"]
         return draw(key, shapes, torch_rule(shapes, scale=0.0))
 
     def recipe(self) -> Recipe:
@@ -437,51 +438,55 @@ class TimesFM2p5(Model):
     # --- the network, and around its running scale, in rows [B, T]
 
     def network(
-        self, params: Tree, z_BNP, padding_BNP, caches=None, start=0, padded_B=None, last=False
+        self, params: Tree, z_BNP, observed_BNP, caches=None, start=0, padded_B=None, last=False
     ):
         """`TimesFM2p5Net` with these parameters. A patch counts as padding where its last
-        point is.
+        point is not observed.
         """
-        padding_BNP = padding_BNP.astype(jnp.float32)
-        padded_B = (padding_BNP[..., -1] > 0).sum(1) if padded_B is None else padded_B
+        padded_B = (~observed_BNP[..., -1]).sum(1) if padded_B is None else padded_B
         net = TimesFM2p5Net(self.config)
         return run_network(
-            net, params, z_BNP, padding_BNP, padded_B, caches=caches, start=start, last=last
+            net, params, z_BNP, observed_BNP, padded_B, caches=caches, start=start, last=last
         )
 
-    def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, last: bool = False):
+    def apply(self, params: Tree, x_BT: jax.Array, observed_BT=None, last: bool = False):
         """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N,
-        spread_len, 1 + Q] after each of the N = T / P patches, and the named steps. padding: 1
-        where x is no value, in front only.
+        spread_len, 1 + Q] after each of the N = T / P patches, and the named steps. observed:
+        booleans, False where x is no value, in front only.
 
         Raises: ValueError for T that is not whole patches.
         """
-        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, padding_BT, last=last)
+        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, observed_BT, last=last)
         return y_BNOQ, w_BNSQ, taps
 
-    def _prefill(self, params: Tree, x_BT, padding_BT, last: bool):
+    def _prefill(self, params: Tree, x_BT, observed_BT, last: bool):
         p, (b, t) = self.config.patch_len, x_BT.shape
         if t % p or not t:
             raise ValueError(f"TimesFM takes whole patches of {p} time steps, got {t} steps")
-        padding_BT = jnp.zeros((b, t)) if padding_BT is None else padding_BT
-        padding_BNP = padding_BT.astype(jnp.float32).reshape(b, -1, p)
-        x_BNP = jnp.where(padding_BNP == 1, 0.0, x_BT.astype(jnp.float32).reshape(b, -1, p))
-        stats = running_stats(x_BNP, padding_BNP)
+        observed_BT = jnp.ones((b, t), bool) if observed_BT is None else observed_BT
+        observed_BNP = observed_BT.reshape(b, -1, p)
+        x_BNP = jnp.where(observed_BNP, x_BT.astype(jnp.float32).reshape(b, -1, p), 0.0)
+        stats = running_stats(x_BNP, observed_BNP)
         mean_BN, std_BN = mean_and_deviation(stats)
-        z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN=std_BN)
-        y_BNOQ, w_BNSQ, caches, taps = self.network(params, z_BNP, padding_BNP, last=last)
+        z_BNP = self._scaled(x_BNP, observed_BNP, mean_BN, std_BN=std_BN)
+        y_BNOQ, w_BNSQ, caches, taps = self.network(params, z_BNP, observed_BNP, last=last)
         taps |= {"mean": mean_BN, "std": std_BN}
         keep = slice(-1, None) if last else slice(None)
         scale, shift = std_BN[:, keep, None, None], mean_BN[:, keep, None, None]
-        padded_B = (padding_BNP[..., -1] > 0).sum(1)
+        padded_B = (~observed_BNP[..., -1]).sum(1)
         return y_BNOQ * scale + shift, w_BNSQ * scale + shift, caches, stats, padded_B, taps
 
-    def _scaled(self, x_BNP, padding_BNP, mean_BN, std_BN):
+    def _scaled(self, x_BNP, observed_BNP, mean_BN, std_BN):
         std_BN = jnp.where(std_BN < MIN_SCALE, 1.0, std_BN)
-        return jnp.where(padding_BNP == 1, 0.0, (x_BNP - mean_BN[..., None]) / std_BN[..., None])
+        return jnp.where(observed_BNP, (x_BNP - mean_BN[..., None]) / std_BN[..., None], 0.0)
 
     def decode(
-        self, params: Tree, x_BT: jax.Array, padding_BT: jax.Array, horizon: int, last: bool = False
+        self,
+        params: Tree,
+        x_BT: jax.Array,
+        observed_BT: jax.Array,
+        horizon: int,
+        last: bool = False,
     ):
         """The original's roll-out: the point column goes back in as O / P patches, and the last of
         them speaks.
@@ -494,7 +499,7 @@ class TimesFM2p5(Model):
         """
         cfg = self.config
         y_BNOQ, w_BNSQ, caches, stats, padded_B, taps = self._prefill(
-            params, x_BT, padding_BT, last=last
+            params, x_BT, observed_BT, last=last
         )
         b, m = x_BT.shape[0], cfg.output_len // cfg.patch_len
         steps = (horizon - 1) // cfg.output_len
@@ -508,12 +513,18 @@ class TimesFM2p5(Model):
         def again(carry, _):
             caches, before, points_BO, start = carry
             x_BNP = points_BO.reshape(b, m, cfg.patch_len)
-            padding_BNP = jnp.zeros_like(x_BNP)
-            stats = running_stats(x_BNP, padding_BNP, before)
+            observed_BNP = jnp.ones_like(x_BNP, bool)
+            stats = running_stats(x_BNP, observed_BNP, before)
             mean_BN, std_BN = mean_and_deviation(stats)
-            z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN=std_BN)
+            z_BNP = self._scaled(x_BNP, observed_BNP, mean_BN, std_BN=std_BN)
             y_BNOQ, _, caches, _ = self.network(
-                params, z_BNP, padding_BNP, caches=caches, start=start, padded_B=padded_B, last=True
+                params,
+                z_BNP,
+                observed_BNP,
+                caches=caches,
+                start=start,
+                padded_B=padded_B,
+                last=True,
             )
             y_BOQ = y_BNOQ[:, 0] * std_BN[:, -1, None, None] + mean_BN[:, -1, None, None]
             before = tuple(y[:, -1] for y in stats)
@@ -545,14 +556,13 @@ class TimesFM2p5(Model):
         if cfg.normalize_inputs:
             mean_B1, std_B1 = unbiased_scale(x_BT, begun_BT)
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
-        padding_BT = 1.0 - begun_BT
         if cfg.force_flip_invariance:
             # The series turned over are rows of their own, in the same pass.
             x_BT = jnp.concatenate([x_BT, -x_BT])
-            padding_BT = jnp.concatenate([padding_BT, padding_BT])
+            begun_BT = jnp.concatenate([begun_BT, begun_BT])
 
         y_BNOQ, w_BSQ, more_BNOQ, _ = self.decode(
-            params, x_BT, padding_BT, horizon=horizon, last=not backcast
+            params, x_BT, begun_BT, horizon=horizon, last=not backcast
         )
         rows, columns = len(x_BT), y_BNOQ.shape[-1]
         more_BHQ = more_BNOQ.reshape(rows, -1, columns)

@@ -53,10 +53,11 @@ from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of, pinball
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
-from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe, windows_that_fit
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
@@ -77,7 +78,6 @@ LEAST_STD = 1e-12
 PLAIN_FACTOR, PLAIN_POWER = math.sqrt(0.9), 0.02
 SUMMED_FACTOR, SUMMED_POWER = math.sqrt(1.68), 0.01
 
-MEMORY = 1 << 30  # bytes that the activations of one evaluation batch may take
 
 Kind = Literal["mlstm", "slstm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -983,7 +983,7 @@ class TiRex2(Model):
             scores = dims.lstm_heads * min(tokens, CHUNK)
             widths += [3 * dims.ffn, dims.variate_ffn, 3 * scores]
         widest = max(widths)
-        return 1 << max(int(math.log2(MEMORY / (40 * tokens * widest))), 0)
+        return windows_that_fit(40 * tokens * widest)
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults, but for the gates of the recurrences.
@@ -1090,9 +1090,9 @@ class TiRex2(Model):
 
         front = ((0, 0), (0, 0), (-t % p, 0))
         z_GMT = jnp.pad(z_GMT, front, constant_values=jnp.nan)
-        missing = jnp.isnan(z_GMT)
-        values_GMNP = jnp.where(missing, 0.0, z_GMT).reshape(g, m, -1, p)
-        there_GMNP = (~missing).astype(jnp.float32).reshape(g, m, -1, p)
+        observed = ~jnp.isnan(z_GMT)
+        values_GMNP = jnp.where(observed, z_GMT, 0.0).reshape(g, m, -1, p)
+        there_GMNP = observed.astype(jnp.float32).reshape(g, m, -1, p)
         tokens = jnp.concatenate([values_GMNP, there_GMNP], axis=-1)
 
         both = tuple(both)
@@ -1155,8 +1155,9 @@ class TiRex2(Model):
         if future is not None:
             window = window.at[:, np.asarray(both), front + t : front + t + steps].set(future)
 
-        targets_GM = np.arange(m)[:, None] >= targets
-        seen = jnp.broadcast_to(~(targets_GM & ~targets_GM.T), (g, m, m))
+        # Targets see every member, covariates each other alone.
+        is_target_M = np.arange(m) < targets
+        seen = jnp.broadcast_to(is_target_M[:, None] | ~is_target_M, (g, m, m))
         y_GCRQ, taps = self.apply(
             params, window, both=both, seen=seen, targets=targets, last=last, key=key, train=train
         )
@@ -1172,7 +1173,7 @@ class TiRex2(Model):
         """
         target = jnp.asarray(batch["target"])
         steps = target.shape[-1]
-        self._check_reach(steps)
+        self._require_reach(steps)
         x_GMT, future = with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         _, taps = self._future(
             params, x_GMT, steps, targets=target.shape[1], future=future, key=key, train=train
@@ -1198,18 +1199,12 @@ class TiRex2(Model):
         """MSE of the median that `predict` gives; as far as one forward pass reaches."""
         target = jnp.asarray(batch["target"])
         steps = target.shape[-1]
-        self._check_reach(steps)
+        self._require_reach(steps)
         x_GMT, future = with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         y_GCRQ = self._window(
             params, x_GMT, steps, targets=target.shape[1], future=future, key=key, train=train
         )
         return mse_observed(median_of(y_GCRQ, self.config.levels), target, batch)
-
-    def _check_reach(self, steps: int) -> None:
-        if steps > self.horizon:
-            raise ValueError(
-                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
-            )
 
     # --- forecasts
 
@@ -1259,19 +1254,15 @@ class TiRex2(Model):
 
         def step(x_GMT, known_GAF):
             y_GCFQ = self._window(params, x_GMT, f, targets=targets, future=known_GAF)
-            new = (
-                jnp.full((*x_GMT.shape[:2], f), jnp.nan)
-                .at[:, :targets]
-                .set(median_of(y_GCFQ, self.config.levels))
-            )
+            # Of covariates known in the past only, nothing is known from here on.
+            new = jnp.full((*x_GMT.shape[:2], f), jnp.nan)
+            new = new.at[:, :targets].set(median_of(y_GCFQ, self.config.levels))
             if known_GAF is not None:
                 new = new.at[:, x_GMT.shape[1] - known_GAF.shape[1] :].set(known_GAF)
             return jnp.concatenate([x_GMT, new], axis=-1)[..., f:], y_GCFQ
 
         _, found = jax.lax.scan(step, x_GMT, parts, length=count)
-        y_GCRQ = jnp.moveaxis(found, 0, 2)
-        y_GCRQ = y_GCRQ.reshape(*y_GCRQ.shape[:2], count * f, -1)
-        return y_GCRQ[:, :, :horizon]
+        return end_to_end(found)[:, :, :horizon]
 
     def _window(
         self,

@@ -57,11 +57,12 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, interpolate_missing, mean_observed, mse_observed
 from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
-from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe, windows_that_fit
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
@@ -72,7 +73,6 @@ ROPE_BASE = 10000.0
 XPOS_BASE = 256.0  # steps of one power of the xPos decay
 GAIN = math.exp(0.8 * math.log(math.sqrt(2 / (1 - 1 / math.pi))) + 0.2 * math.log(2))  # of silu
 NOWHERE = -1  # the group of a patch without any observed value
-MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
 Kind = Literal["time", "variate"]
 Cache = tuple[jax.Array, jax.Array]  # rotated keys [B, V, G, S, K] and values of one time layer
@@ -705,7 +705,7 @@ class Toto2(Model):
         tokens = cfg.window // cfg.patch_len + cfg.span
         widest = max(max(dims.ffn, dims.attn.heads * tokens) for dims in cfg.layers)
         wide = max(widest, 4 * cfg.d_model)
-        return 1 << max(int(math.log2(MEMORY / (40 * tokens * wide))), 0)
+        return windows_that_fit(40 * tokens * wide)
 
     def init(self, key: jax.Array) -> Tree:
         """Draw N(0, 1) for weight matrices; see the module docstring for what that means."""
@@ -963,8 +963,7 @@ class Toto2(Model):
                 found.append(block_BVNPQ)
                 taps.append(steps | {"groups": passes.groups_BVS[:, :, : 2 * passes.block]})
             later = jnp.stack(found)
-        b, v, _, *each = later.shape[1:]
-        return jnp.moveaxis(later, 0, 2).reshape(b, v, -1, *each)
+        return end_to_end(later)
 
     def _again(self, params: Tree, passes: "Passes", state, start):
         """Commit the block at patch `start`, and decode the next.

@@ -63,6 +63,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -399,6 +400,7 @@ class TTMConfig:
             hidden = expansion * n_channels if mixed else 0
             found = []
             for f in factors(n_levels, width):
+                # A single piece of a single patch leaves nothing to mix over patches.
                 over_patches = expansion * f * n_patches if f * n_patches > 1 else 0
                 found += [MixerDims(hidden, over_patches, expansion * (width // f))] * count
             return tuple(found)
@@ -683,6 +685,7 @@ class Mixer(nn.Module):
         attended = axis == PATCH and cfg.attn_heads > 0
         if attended:
             taps["attn"] = Attention(cfg.attn_heads, self.dropout, name="attn")(h, train)
+        # The original gates what enters a mixer over channels, and what leaves the other two.
         if self.gated and axis == CHANNEL:
             h = gate(h)
         u = taps["up"] = along(Linear((n,), (self.hidden,), name="up"), h, axis)
@@ -918,7 +921,7 @@ class QuantileHead(nn.Module):
         return flat, {"token": t_PBCK, "flat": flat}
 
 
-def _of_targets(cfg: TTMConfig, x_BC: jax.Array) -> jax.Array:
+def of_targets(cfg: TTMConfig, x_BC: jax.Array) -> jax.Array:
     """Select the channels that are forecast from [B, C, ...]."""
     targets = cfg.forecast_channels
     return x_BC if targets is None else x_BC[:, np.array(targets)]
@@ -1013,7 +1016,7 @@ class TTMNet(nn.Module):
         head = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")
         taps["head"] = head(x_BCF)
         all_BCH = taps["head"][..., : cfg.filter_len]
-        y_BCH = _of_targets(cfg, all_BCH)
+        y_BCH = of_targets(cfg, all_BCH)
         if cfg.fcm:
             y_BCH = self._mixed(y_BCH, past_BCL, future_BCH, train=train, taps=taps)
         taps["forecast"] = y_BCH
@@ -1031,7 +1034,7 @@ class TTMNet(nn.Module):
         last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
         near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
         future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
-        mixer, near = ForecastMixer(cfg, name="fcm"), _of_targets(cfg, near_BCS)
+        mixer, near = ForecastMixer(cfg, name="fcm"), of_targets(cfg, near_BCS)
         y_BCH, inner = mixer(y_BCH, near, future_BXH, past_BXS=near_BCS[:, known], train=train)
         taps |= nested("fcm", inner)
         return y_BCH
@@ -1111,6 +1114,7 @@ def location_scale(scaling, x, observed, batch_default=False):
     loc = jnp.zeros_like(n)
     if scaling is None:
         return loc, jnp.ones_like(n)
+    # The scale of a series without values is 1, or what the original takes: the batch's.
     total = jnp.abs(x * observed).sum(-1, keepdims=True)
     default = jnp.ones_like(n[:1])
     if batch_default:
@@ -1126,6 +1130,7 @@ def point_error(cfg: TTMConfig, y_BCH, target_BCH, batch: Batch) -> jax.Array:
     target.
     """
     target = target_BCH[..., : y_BCH.shape[-1]]
+    # The inner `where` keeps NaN out of the gradient, the outer one out of the sum.
     seen = ~jnp.isnan(target)
     gap = jnp.where(seen, y_BCH[..., : target.shape[-1]] - jnp.where(seen, target, 0.0), 0.0)
     if cfg.loss == "mse":
@@ -1199,8 +1204,9 @@ class Forecasts(Model):
     def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
         """Forecasts and taps of a batch, from all that it brings."""
         cfg, steps, most = self.part, batch["target"].shape[-1], self.horizon
-        if steps > most and cfg.filter_len is None:
-            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
+        # A filtered forecast is compared with as much of the target as it reaches.
+        if cfg.filter_len is None:
+            self._require_reach(steps)
         future = None
         if cfg.exogenous:
             future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
@@ -1277,6 +1283,7 @@ class Forecasts(Model):
             x, observed = state
             told = {"freq_token": freq_token, "categories": categories}
             y, taps = self.apply(params, x, observed, future_BCH=future, **told)
+            # Channels that nobody forecasts go on with the forecast that the head gave them.
             new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
             if cfg.exogenous:
                 # What is not known of the future is filled as what is missing in the past.
@@ -1293,9 +1300,7 @@ class Forecasts(Model):
             _, (y, q) = step(state, None if future_SBCH is None else future_SBCH[0])
         else:
             _, (y_SBCH, q) = jax.lax.scan(step, state, future_SBCH, length=steps)
-            y = jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)
-            if q is not None:
-                q = jnp.moveaxis(q, 0, 2).reshape(*y.shape, q.shape[-1])
+            y, q = end_to_end(y_SBCH), None if q is None else end_to_end(q)
         if q is None or cfg.quantiles is None:
             return Forecast(y[..., :horizon])
         return Forecast(y[..., :horizon], q[..., :horizon, :], levels=cfg.quantiles.levels)
@@ -1489,6 +1494,8 @@ class TTM(Forecasts):
                     f"the model tells channels apart by number, up to {numbered}; there are "
                     f"{n_variates}"
                 )
+            # A mixer over channels has weights for each of them: its widths change with their
+            # number, at the same share of hidden units.
             widths = {}
             for part in ("encoder", "decoder"):
                 layers = []
@@ -1509,6 +1516,7 @@ class TTM(Forecasts):
                     f"a key to draw them with: for_series(params, n_variates={n_variates}, "
                     "key=jax.random.key(0))"
                 )
+            # All that does not depend on the number of channels stays as it was trained.
             fresh = flatten(TTM(cfg).init(key))
             old = flatten(params)
             kept = {
@@ -1596,7 +1604,7 @@ class TTM(Forecasts):
         # Back into the units of x.
         taps |= {"scaled": z_BCL, "loc": loc_BC1, "scale": scale_BC1}
         taps["all"] = all_BCH * scale_BC1 + loc_BC1
-        scale_BC1, loc_BC1 = _of_targets(cfg, scale_BC1), _of_targets(cfg, loc_BC1)
+        scale_BC1, loc_BC1 = of_targets(cfg, scale_BC1), of_targets(cfg, loc_BC1)
         if q_BCHQ is not None:
             taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
         return y_BCH * scale_BC1 + loc_BC1, taps
@@ -1653,8 +1661,7 @@ class TTM(Forecasts):
 
     def targets(self, batch: Batch) -> jax.Array:
         """The target [B, C', H'] of the channels that are forecast."""
-        channels = self.config.forecast_channels
-        return batch["target"] if channels is None else batch["target"][:, np.array(channels)]
+        return of_targets(self.config, batch["target"])
 
     def error(self, y_BCH: jax.Array, batch: Batch, loss: Loss) -> jax.Array:
         """Mean error of forecasts [B, C', H] over all observed values of the target channels of
@@ -1673,9 +1680,8 @@ class TTM(Forecasts):
         """
         batch = all_channels(self.config, batch)
         y, taps = self._forecast_for(params, batch, key, train=train)
-        return own_error(
-            self.config, y, taps.get("quantiles"), target_BCH=self.targets(batch), batch=batch
-        )
+        target_BCH = self.targets(batch)
+        return own_error(self.config, y, taps.get("quantiles"), target_BCH=target_BCH, batch=batch)
 
     def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The newest `context_len` steps without gaps, and which of them were observed (1 or 0)."""

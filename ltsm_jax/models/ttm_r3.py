@@ -173,6 +173,7 @@ def smooth(y_BCT: jax.Array, seen_BCT: jax.Array | None = None) -> jax.Array:
         gap = ((y_BCT - trend) * seen_BCT).sum(axis=-1, keepdims=True)
         return trend + gap / total
 
+    # Values far from the result, measured by the typical distance, weigh little the next time.
     trend = weighted(seen_BCT)
     for _ in range(2):
         distance = y_BCT - trend
@@ -356,6 +357,7 @@ class TTMR3(Forecasts):
             cfg.scaling, x_BCT, observed, batch_default=cfg.batch_default_scale
         )
         z_BCT = (x_BCT - loc_BC1) / scale_BC1
+        # Smoothing mirrors a few steps at either end, which a shorter series lacks.
         few = max(LEAST_STEPS - z_BCT.shape[-1], 0)
         z_BCT = jnp.pad(z_BCT, ((0, 0), (0, 0), (few, 0)))
         smooth_BCT = jax.lax.stop_gradient(smooth(z_BCT))
@@ -387,9 +389,7 @@ class TTMR3(Forecasts):
             taps |= nested(name, inner, y_BCH)
 
         taps["all"] = (every[0] + every[1]) * scale_BC1 + loc_BC1
-        channels = cfg.trend.forecast_channels
-        if channels is not None:
-            loc_BC1, scale_BC1 = (x[:, np.array(channels)] for x in (loc_BC1, scale_BC1))
+        loc_BC1, scale_BC1 = (ttm.of_targets(cfg.trend, x) for x in (loc_BC1, scale_BC1))
         joint_BCH = taps["joint"] = points[0] + points[1]
         if cfg.trend.quantiles is not None:
             joint_BCHQ = taps["joint_quantiles"] = self._joined(*quantiles)
@@ -406,6 +406,7 @@ class TTMR3(Forecasts):
         def distance(q_BCHQ):
             return q_BCHQ - q_BCHQ[..., middle : middle + 1]
 
+        # Independent parts: the squares of their distances from the median add up, not they.
         of_trend, of_residual = distance(trend_BCHQ), distance(residual_BCHQ)
         spread = jnp.sqrt(jnp.square(of_trend) + jnp.square(of_residual) + LEAST_WEIGHT)
         return both[..., middle : middle + 1] + jnp.sign(of_trend + of_residual) * spread
@@ -424,11 +425,11 @@ class TTMR3(Forecasts):
         z_BCT = taps["scaled"]
         whole_BCT = jnp.concatenate([z_BCT, jnp.where(seen, scaled_BCH, 0.0)], axis=-1)
         weights = jnp.concatenate([jnp.ones_like(z_BCT), seen.astype(jnp.float32)], axis=-1)
+        # Data to learn from: no gradient is taken through sorting and dividing.
         trend_BCH = jax.lax.stop_gradient(smooth(whole_BCT, weights))[..., -self.horizon :]
         trend_BCH = jnp.where(seen, trend_BCH, jnp.nan)
         found = (trend_BCH, scaled_BCH - trend_BCH, scaled_BCH)
-        channels = self.config.trend.forecast_channels
-        return found if channels is None else tuple(x[:, np.array(channels)] for x in found)
+        return tuple(ttm.of_targets(self.config.trend, x) for x in found)
 
     def errors(self, taps: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         """The errors of the sum ("joint") and of the parts, in scaled units, see `ttm.own_error`.
