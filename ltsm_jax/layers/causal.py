@@ -128,7 +128,7 @@ class CausalAttention(nn.Module):
             return jnp.swapaxes(y_BNHK, 1, 2)
 
         def turned(y_BHNK):
-            kept = _kept(dims.pairs, self.head_dim, self.base, y_BHNK.shape[1])
+            kept = _kept(dims.pairs, self.head_dim, self.base, heads=y_BHNK.shape[1])
             return rotary(y_BHNK, positions_BN[:, None], base=self.base, frequencies=kept)
 
         q_BHNK = turned(project("q"))
@@ -146,7 +146,10 @@ class CausalAttention(nn.Module):
         if lean and not train and x_BND.shape[1] >= LONG and from_start:
             # What the last query sees is all that any query may see.
             seen_BS = mask_BHNS[:, 0, -1]
-            y_BHNK, w_BHNS = attend_by_head(q_BHNK, k_BGSK, v_BGSK, seen_BS, scale), None
+            y_BHNK, w_BHNS = (
+                attend_by_head(q_BHNK, k_BGSK, v_BGSK, seen_BS=seen_BS, scale=scale),
+                None,
+            )
         else:
             drop = functools.partial(Dropout(self.dropout), train=train)
             y_BHNK, w_BHNS = attend(

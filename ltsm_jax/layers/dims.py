@@ -48,7 +48,7 @@ class HeadDims:
     @classmethod
     def of(cls, heads: int, head_dim: int, kv_heads: int | None = None) -> "HeadDims":
         """Whole heads, whose queries, keys and values have one width."""
-        return cls(heads, head_dim, head_dim, kv_heads)
+        return cls(heads, head_dim, head_dim, kv_heads=kv_heads)
 
     @property
     def key_heads(self) -> int:
@@ -90,6 +90,18 @@ class LayerDims:
     ffn: int
 
 
+def head_width(d_model: int, heads: int) -> int:
+    """Split a model width into heads.
+
+    Raises: ValueError for a number of heads that does not divide it.
+    """
+    if heads < 1 or d_model % heads:
+        raise ValueError(
+            f"the width ({d_model}) must be a multiple of the number of heads ({heads})"
+        )
+    return d_model // heads
+
+
 def equal_layers(
     layers: int, heads: int, head_dim: int, ffn: int, kv_heads: int | None = None
 ) -> tuple[LayerDims, ...]:
@@ -122,7 +134,7 @@ def layer_problems(
         if isinstance(dims, HeadDims):
             can_lose = (scores or {}).get(where.rpartition(".")[2], "whole")
             whole = head_dim if qk_dim is None else qk_dim
-            found = _head_problems(dims, whole, head_dim, can_lose)
+            found = _head_problems(dims, whole, head_dim, scores=can_lose)
         elif isinstance(dims, ExpertDims):
             found = _expert_problems(dims)
         else:

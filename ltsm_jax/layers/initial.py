@@ -58,6 +58,33 @@ def torch_linear(
     return Uniform(math.prod(inputs) ** -0.5)
 
 
+def torch_rule(shapes: Tree, scale: float = 1.0, own: Mapping[str, Distribution] | None = None):
+    """Make the rule of a family whose original leaves most to PyTorch, see `torch_linear`.
+
+    scale: of norms; what else no linear has is 0. own: distributions of other leaves, by name.
+    """
+    flat, own = flatten(shapes), own or {}
+
+    def rule(path: str, shape: tuple[int, ...]) -> Distribution:
+        name = path.rpartition("/")[2]
+        if name in own:
+            return own[name]
+        return torch_linear(flat, path) or Constant(scale if name == "scale" else 0.0)
+
+    return rule
+
+
+def normal_rule(std: float):
+    """Make the rule of a family with N(0, std^2) for every weight, biases 0 and norms 1."""
+
+    def rule(path: str, shape: tuple[int, ...]) -> Distribution:
+        if path.endswith(("/bias", "/scale")):
+            return Constant(float(path.endswith("/scale")))
+        return Normal(std)
+
+    return rule
+
+
 def draw(
     key: jax.Array, shapes: Tree, rule: Callable[[str, tuple[int, ...]], Distribution]
 ) -> Tree:

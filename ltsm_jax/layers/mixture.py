@@ -171,7 +171,9 @@ class MixtureHead(nn.Module):
                 | ({"scale": jnp.full(shape, self.fixed_scale)} if kind == "normal_fixed" else {})
             )
         loc, scale = (jnp.broadcast_to(a, shape) for a in (loc_BN1, scale_BN1))
-        return Mixture(jax.nn.log_softmax(logits_BNPM), tuple(parts), loc, scale, self.kinds), taps
+        return Mixture(
+            jax.nn.log_softmax(logits_BNPM), tuple(parts), loc, scale=scale, kinds=self.kinds
+        ), taps
 
 
 def _domain(name: str, raw: jax.Array) -> jax.Array:
@@ -313,7 +315,7 @@ def _gamma(bits: jax.Array, a: jax.Array, u: jax.Array) -> jax.Array:
         bound = 0.5 * x * x + d - d * v + d * jnp.log(jnp.maximum(v, 1e-30))
         return v, (v > 0) & (jnp.log(u2) < bound)
 
-    v = _until_accepted(bits, attempt, jnp.zeros(a.shape, bool), jnp.ones(a.shape))
+    v = _until_accepted(bits, attempt, jnp.zeros(a.shape, bool), rest=jnp.ones(a.shape))
     return d * v * jnp.where(small, u ** (1 / a), 1.0)
 
 
@@ -352,6 +354,6 @@ def _poisson(bits: jax.Array, rate: jax.Array) -> jax.Array:
         return k, ((s >= 0.07) & (v <= quick)) | (possible & inside)
 
     done = (rate < 10) | (rate > _LARGE)
-    k_mid = _until_accepted(bits, attempt, done, jnp.zeros_like(rate))
+    k_mid = _until_accepted(bits, attempt, done, rest=jnp.zeros_like(rate))
     k_high = jnp.round(rate + jnp.sqrt(rate) * _normal_of(u))
     return jnp.where(rate < 10, k_low, jnp.where(rate > _LARGE, k_high, k_mid))

@@ -27,8 +27,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "relu": nn.relu,
     "none": identity,
 }
-# The ones that `hidden_act` of a config.json of the transformers library may name.
-HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
 def feed_forward(

@@ -101,21 +101,22 @@ def pack_scales(
     patch: int,
     width: int,
     how: MultiScale,
-    is_pad: jax.Array | None = None,
+    begun_BT: jax.Array | None = None,
 ) -> tuple[Tokens, ScaleLayout]:
     """Tokens of a forecast at every scale, see `packed.pack`, and where they stand."""
     pasts, futures = [], []
     steps: list[tuple[int, int]] = []
     n_variates, time_steps = past[0].shape[1:]
-    is_pad = jnp.zeros((past[0].shape[0], time_steps), bool) if is_pad is None else is_pad
+    if begun_BT is None:
+        begun_BT = jnp.ones((past[0].shape[0], time_steps), bool)
+    begun = jnp.zeros_like(begun_BT, jnp.float32)[:, None], begun_BT[:, None]
     for s in range(how.scales):
         factor = 2**s
         series = pooled(past, factor, before=True)
-        _, there = pooled(
-            (jnp.zeros_like(is_pad, jnp.float32)[:, None], ~is_pad[:, None]), factor, before=True
-        )
+        # A coarse step has begun where any step within it has.
+        _, begun_B1S = pooled(begun, factor, before=True)
         ahead = -(-horizon // factor)
-        tokens = packed.pack(series, ahead, patch, width, is_pad=~there[:, 0])
+        tokens = packed.pack(series, ahead, patch, width=width, begun_BT=begun_B1S[:, 0])
         tokens = dataclasses.replace(tokens, sample_id=tokens.sample_id * (s + 1))
         steps.append((-(-series[0].shape[-1] // patch), -(-ahead // patch)))
         cut = n_variates * steps[-1][0]
@@ -144,7 +145,9 @@ def _layout(how: MultiScale, n_variates: int, steps: Sequence[tuple[int, int]]) 
         parents.append(
             np.concatenate([of_past.ravel(), n_variates * coarse_past + of_future.ravel()])
         )
-    return ScaleLayout(how, tuple(places), tuple(parents), int(sum(sizes)), tuple(futures))
+    return ScaleLayout(
+        how, tuple(places), tuple(parents), first=int(sum(sizes)), futures=tuple(futures)
+    )
 
 
 def scale_index(tokens: Tokens) -> jax.Array:

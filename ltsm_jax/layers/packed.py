@@ -105,8 +105,8 @@ def token_scale(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     size_BN = jnp.maximum(size_BN, 1.0)
     squares_BN = total(jnp.square(rest_BNP / size_BN[..., None])) / jnp.maximum(n_BN - 1, 1.0)
     scale_BN = size_BN * jnp.sqrt(squares_BN + SCALE_EPS / size_BN / size_BN)
-    padding_BN = tokens.sample_id == 0
-    loc_BN, scale_BN = jnp.where(padding_BN, 0.0, loc_BN), jnp.where(padding_BN, 1.0, scale_BN)
+    real_BN = tokens.sample_id != 0
+    loc_BN, scale_BN = jnp.where(real_BN, loc_BN, 0.0), jnp.where(real_BN, scale_BN, 1.0)
     return jax.lax.stop_gradient((loc_BN[..., None], scale_BN[..., None]))
 
 
@@ -116,7 +116,14 @@ def series_scale(x_BCT: jax.Array, observed_BCT: jax.Array) -> tuple[jax.Array, 
     variate_BC = jnp.broadcast_to(jnp.arange(c)[None], (b, c))
     same_BC = jnp.ones((b, c), jnp.int32)
     # One token holds all of a variate: a scale is the same for tokens of any size.
-    whole = Tokens(x_BCT, observed_BCT, same_BC, same_BC, variate_BC, jnp.zeros((b, c), bool))
+    whole = Tokens(
+        x_BCT,
+        observed_BCT,
+        same_BC,
+        time_id=same_BC,
+        variate_id=variate_BC,
+        predicted=jnp.zeros((b, c), bool),
+    )
     loc_BC1, scale_BC1 = token_scale(whole)
     return loc_BC1[..., 0], scale_BC1[..., 0]
 
@@ -125,10 +132,10 @@ def scale_of_variates(
     tokens: Tokens, loc_BC: jax.Array, scale_BC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Give `token_scale` of rows of one sample each by the mean and deviation of each variate."""
-    padding_BN = tokens.sample_id == 0
+    real_BN = tokens.sample_id != 0
     loc_BN = jnp.take_along_axis(loc_BC, tokens.variate_id, axis=1)
     scale_BN = jnp.take_along_axis(scale_BC, tokens.variate_id, axis=1)
-    loc_BN, scale_BN = jnp.where(padding_BN, 0.0, loc_BN), jnp.where(padding_BN, 1.0, scale_BN)
+    loc_BN, scale_BN = jnp.where(real_BN, loc_BN, 0.0), jnp.where(real_BN, scale_BN, 1.0)
     return loc_BN[..., None], scale_BN[..., None]
 
 
@@ -147,7 +154,7 @@ def pack(
     width: int,
     *,
     future: Series | None = None,
-    is_pad: jax.Array | None = None,
+    begun_BT: jax.Array | None = None,
     known: Series | None = None,
     past_known: Series | None = None,
 ) -> Tokens:
@@ -162,20 +169,21 @@ def pack(
       past: values and observed [B, C, T]. horizon: H. patch: steps per token. width: P of the
         tokens.
       future: the true [B, C, H] where it is known; zeros, counted as observed, where not.
-      is_pad: [B, T], steps before the series began; a token of nothing else is padding.
+      begun_BT: booleans, False before the series began; a token of such steps alone is padding.
       known: covariates [B, F, T + H]. past_known: covariates [B, G, T].
     """
     x_BCT, observed_BCT = past
     b, c, t = x_BCT.shape
     if future is None:
         future = jnp.zeros((b, c, horizon), x_BCT.dtype), jnp.ones((b, c, horizon), bool)
-    is_pad = jnp.zeros((b, t), bool) if is_pad is None else is_pad
+    begun_BT = jnp.ones((b, t), bool) if begun_BT is None else begun_BT
     seen_BN = _patches(observed_BCT.any(1), patch, True).any(-1)
     past_BN = jnp.maximum(jnp.cumsum(seen_BN, axis=1) - 1, 0)
     steps = -(-horizon // patch)
     future_BN = past_BN[:, -1:] + 1 + jnp.arange(steps)[None]
-    real_BN = (~_patches(is_pad, patch, True, fill=True)).any(-1)
-    real_covariate_BN = (~_patches(is_pad, patch, True, fill=False)).any(-1)
+    real_BN = _patches(begun_BT, patch, True, fill=False).any(-1)
+    # What fills a first patch up counts as begun for covariates, as in the original.
+    real_covariate_BN = _patches(begun_BT, patch, True, fill=True).any(-1)
     after_BN = jnp.ones((b, steps), bool)
 
     parts = [

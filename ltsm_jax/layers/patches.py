@@ -1,4 +1,6 @@
-"""Patches of series: the newest whole ones of a context, and the points that a token predicts."""
+"""Patches of series: the newest whole ones of a context, the points that a token predicts, and the
+pieces of a roll-out.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +28,9 @@ def token_labels(series_BCT: jax.Array, tokens: int, patch_len: int, points: int
     long_BCT = jnp.pad(series_BCT, behind, constant_values=jnp.nan)
     places_NQ = patch_len * jnp.arange(tokens)[:, None] + jnp.arange(points)[None]
     return long_BCT[..., places_NQ]
+
+
+def end_to_end(y_SBCP: jax.Array) -> jax.Array:
+    """Lay the S pieces of a roll-out end to end: [S, B, C, P, ...] -> [B, C, S P, ...]."""
+    s, b, c, p, *rest = y_SBCP.shape
+    return jnp.moveaxis(y_SBCP, 0, 2).reshape(b, c, s * p, *rest)

@@ -265,7 +265,7 @@ class Attention(nn.Module):
         s = 0 if source_BSD is None else source_BSD.shape[1]
         fewer = n * (k + s) < s * k
         if fewer and source_BSD is not None and not (keep or kv or whole):
-            y_BNHK = self._without_keys(q_BHNK, source_BSD, bias, drop)
+            y_BNHK = self._without_keys(q_BHNK, source_BSD, bias, drop=drop)
         else:
             if source_BSD is not None:
                 new = self._split(source_BSD, "k"), self._split(source_BSD, "v")
@@ -322,13 +322,15 @@ class Block(nn.Module):
         if x_BND is None:
             assert dims.cross is not None  # `Stack` asks a decoder alone
             cross = Attention(cfg, dims.cross, name="cross")
-            _, (new["cross_k"], new["cross_v"]) = cross(None, memory_BMD, None, train)
+            _, (new["cross_k"], new["cross_v"]) = cross(None, memory_BMD, None, train=train)
             return None, taps, new
         kept: Any = cache or {}
         kv = (kept["k"], kept["v"]) if kept else None
         h_BND = taps["norm1"] = RMSNorm(cfg.eps, name="norm1")(x_BND)
         attn = Attention(cfg, self.dims.attn, name="attn")
-        taps["attn"], kv = attn(h_BND, h_BND, bias, train, kv, start, keep=bool(kept))
+        taps["attn"], kv = attn(
+            h_BND, h_BND, bias, train=train, kv=kv, start=start, keep=bool(kept)
+        )
         if kept:
             new["k"], new["v"] = kv
         x_BND = taps["after_attn"] = x_BND + drop(taps["attn"])
@@ -336,7 +338,9 @@ class Block(nn.Module):
             kv = None if memory_BMD is not None else (kept["cross_k"], kept["cross_v"])
             h_BND = taps["norm2"] = RMSNorm(cfg.eps, name="norm2")(x_BND)
             cross = Attention(cfg, dims.cross, name="cross")
-            taps["cross"], kv = cross(h_BND, memory_BMD, memory_bias, train, kv, keep=bool(kept))
+            taps["cross"], kv = cross(
+                h_BND, memory_BMD, memory_bias, train=train, kv=kv, keep=bool(kept)
+            )
             if kept:
                 new["cross_k"], new["cross_v"] = kv
             x_BND = taps["after_cross"] = x_BND + drop(taps["cross"])
@@ -398,7 +402,9 @@ class Stack(nn.Module):
         if x is None:
             for i, dims in enumerate(cfg.layers):
                 block = Block(cfg, dims, name=f"layer_{i}")
-                *_, new[f"layer_{i}"] = block(None, None, memory, None, train, None, None)
+                *_, new[f"layer_{i}"] = block(
+                    None, None, memory, memory_bias=None, train=train, cache=None, start=None
+                )
             return None, taps, new
         shape = (cfg.n_buckets, cfg.bias_heads)
         table = (
@@ -434,10 +440,10 @@ class Stack(nn.Module):
                 x,
                 own_HNS[None] + mask_bias,
                 memory,
-                memory_bias,
-                train,
-                cache and cache[f"layer_{i}"],
-                start,
+                memory_bias=memory_bias,
+                train=train,
+                cache=cache and cache[f"layer_{i}"],
+                start=start,
             )
             taps |= nested(f"layer_{i}", inner, x)
         taps["norm"] = RMSNorm(cfg.eps, name="norm")(x)

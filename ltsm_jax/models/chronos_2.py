@@ -39,27 +39,17 @@ from ltsm_jax.layers.missing import mean_over_rows, mse_observed, scale_of_obser
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.quantiles import at_levels, median_of
+from ltsm_jax.layers.quantiles import DECILES, at_levels, level_problems, median_of
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe, windows_that_fit
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
-PATHS = (
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-)  # quantile levels along which long horizons are rolled out
+PATHS = DECILES  # quantile levels along which long horizons are rolled out
 LEVELS = (0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.99)
-MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,33 +88,11 @@ class Chronos2Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, scores={"group": "channels"})
-        sizes = (
-            self.d_model,
-            self.head_dim,
-            self.block_dim,
-            self.patch_len,
-            self.context_len,
-            self.max_patches,
-        )
-        if min(*sizes, self.time_scale) < 1:
-            problems.append("every size must be positive")
+        sizes = ("d_model", "head_dim", "block_dim", "patch_len", "context_len", "max_patches")
+        problems += field_problems(self, *sizes, "time_scale") + level_problems(self.levels)
         if self.head_dim % 2:
             problems.append(f"head_dim must be even for the rotation, got {self.head_dim}")
-        if (
-            not self.levels
-            or list(self.levels) != sorted(set(self.levels))
-            or min(self.levels) <= 0
-        ):
-            problems.append(f"levels must rise within (0, 1): {self.levels}")
-        elif self.levels[-1] >= 1:
-            problems.append(f"levels must lie within (0, 1): {self.levels}")
-        if self.activation not in ("relu", "gelu") or not 0 <= self.dropout < 1:
-            problems.append(
-                f"activation must be relu or gelu and dropout in [0, 1): {self.activation}, "
-                f"{self.dropout}"
-            )
-        if problems:
-            raise ValueError("Chronos2Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -133,7 +101,7 @@ class Chronos2Config:
         """Equal layers."""
         attention = HeadDims.of(heads, head_dim)
         equal = (Chronos2Layer(attention, attention, d_ff),) * layers
-        return cls(d_model, head_dim, equal, d_ff, **rest)
+        return cls(d_model, head_dim, equal, block_dim=d_ff, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "Chronos2Config":
@@ -143,15 +111,9 @@ class Chronos2Config:
         run either.
         """
         chronos = fields.get("chronos_config", {})
-        missing = [
-            name
-            for name in ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
-            if name not in fields
-        ]
-        names = ("context_length", "input_patch_size", "max_output_patches", "quantiles")
-        missing += [f"chronos_config.{name}" for name in names if name not in chronos]
-        if missing:
-            raise ValueError(f"the config of a Chronos-2 checkpoint lacks {', '.join(missing)}")
+        names = ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
+        inner = ("context_length", "input_patch_size", "max_output_patches", "quantiles")
+        require_fields("Chronos-2", fields, names, chronos_config=inner)
         patch = chronos["input_patch_size"]
         same = {chronos.get(name, patch) for name in ("output_patch_size", "input_patch_stride")}
         if (
@@ -167,7 +129,7 @@ class Chronos2Config:
             fields["d_model"],
             fields["num_heads"],
             fields["d_ff"],
-            fields["num_layers"],
+            layers=fields["num_layers"],
             head_dim=fields["d_kv"],
             patch_len=patch,
             context_len=chronos["context_length"],
@@ -185,9 +147,9 @@ class Chronos2Config:
 
 # widths and depths: their parameter counts are those of the published models, 120M and 28M
 PRESETS = {
-    "amazon/chronos-2": Chronos2Config.of(768, 12, 3072, 12),
-    "autogluon/chronos-2-small": Chronos2Config.of(512, 8, 2048, 6),
-    "autogluon/chronos-2-synth": Chronos2Config.of(768, 12, 3072, 12),
+    "amazon/chronos-2": Chronos2Config.of(768, 12, 3072, layers=12),
+    "autogluon/chronos-2-small": Chronos2Config.of(512, 8, 2048, layers=6),
+    "autogluon/chronos-2-synth": Chronos2Config.of(768, 12, 3072, layers=12),
 }
 
 
@@ -238,13 +200,13 @@ class Layer(nn.Module):
         def norm(i):
             return RMSNorm(cfg.eps, name=f"norm{i}")(x_GMSD)
 
-        hide = seen_GMS[:, :, None, None, :]
+        seen = seen_GMS[:, :, None, None, :]
         attend = Attention(cfg, self.dims.time, True, name="time")
-        y = attend(norm(1), hide, train)
+        y = attend(norm(1), seen, train)
         x_GMSD = taps["time"] = x_GMSD + drop(y)
-        hide = same_GMM[:, None, None] & jnp.swapaxes(seen_GMS, 1, 2)[:, :, None, None, :]
+        seen = same_GMM[:, None, None] & jnp.swapaxes(seen_GMS, 1, 2)[:, :, None, None, :]
         attend = Attention(cfg, self.dims.group, False, name="group")
-        y = attend(jnp.swapaxes(norm(2), 1, 2), hide, train)
+        y = attend(jnp.swapaxes(norm(2), 1, 2), seen, train)
         x_GMSD = taps["group"] = x_GMSD + drop(jnp.swapaxes(y, 1, 2))
         width_F, activation = self.dims.ffn, cfg.activation
         y = feed_forward(norm(3), width_F, activation, use_bias=False, dropout=drop)
@@ -267,7 +229,12 @@ class Chronos2Net(nn.Module):
         def block(inputs, outputs, name):
             activation = ACTIVATIONS[cfg.activation]
             return ResidualBlock(
-                inputs, cfg.block_dim, outputs, activation, dropout=cfg.dropout, name=name
+                inputs,
+                cfg.block_dim,
+                outputs,
+                activation=activation,
+                dropout=cfg.dropout,
+                name=name,
             )
 
         embed = block(3 * cfg.patch_len, cfg.d_model, "embed")
@@ -285,7 +252,9 @@ class Chronos2Net(nn.Module):
             seen_GMN, ((0, 0), (0, 0), (0, n + 1)), constant_values=True
         )
         for i, dims in enumerate(cfg.layers):
-            x_GMSD, inner = Layer(cfg, dims, name=f"layer_{i}")(x_GMSD, seen_GMS, same_GMM, train)
+            x_GMSD, inner = Layer(cfg, dims, name=f"layer_{i}")(
+                x_GMSD, seen_GMS, same_GMM, train=train
+            )
             taps |= nested(f"layer_{i}", inner, x_GMSD)
         x_GMSD = taps["norm"] = Dropout(cfg.dropout)(RMSNorm(cfg.eps, name="norm")(x_GMSD), train)
         out = len(cfg.levels) * cfg.patch_len
@@ -301,9 +270,6 @@ class Chronos2(Model):
 
     family = "chronos_2"
     published = PRESETS
-    covariates = frozenset({"past", "known"})
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-2)"
     shard_rules = (
@@ -330,7 +296,15 @@ class Chronos2(Model):
             "max_patches": 2,
             "time_scale": 64,
         }
-        return Chronos2Config.of(16, 2, 24, 2, **sizes, levels=PATHS)
+        return Chronos2Config.of(16, 2, 24, layers=2, **sizes, levels=PATHS)
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        return COVARIATES
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -347,7 +321,7 @@ class Chronos2(Model):
         cfg = self.config
         tokens = cfg.context_len // cfg.patch_len + cfg.max_patches + 1
         row = 40 * tokens * max(max(dims.ffn, dims.time.heads * tokens) for dims in cfg.layers)
-        return 1 << max(int(math.log2(MEMORY / row)), 0)
+        return windows_that_fit(row)
 
     def init(self, key: jax.Array) -> Tree:
         """Everything is multiplied by the factor, the scales of the norms too."""
@@ -493,10 +467,7 @@ class Chronos2(Model):
         """
         cfg = self.config
         n_patches = -(-target.shape[-1] // cfg.patch_len)
-        if n_patches > cfg.max_patches:
-            raise ValueError(
-                f"one forward pass reaches {self.horizon} steps, the target has {target.shape[-1]}"
-            )
+        self._require_reach(target.shape[-1])
         _, taps = self.apply(params, x, n_patches, same=same, future=future, key=key, train=train)
         pad = ((0, 0), (0, 0), (0, n_patches * cfg.patch_len - target.shape[-1]))
         seen = ~jnp.isnan(target) if target_mask is None else (target_mask > 0) & ~jnp.isnan(target)
@@ -525,10 +496,7 @@ class Chronos2(Model):
         """MSE of the median over the observed targets; as far as one forward pass reaches."""
         steps = batch["target"].shape[-1]
         n_patches = -(-steps // self.config.patch_len)
-        if n_patches > self.config.max_patches:
-            raise ValueError(
-                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
-            )
+        self._require_reach(steps)
         x, future = self._group(batch["context"], batch.get("past"), batch.get("known"))
         y_GMRQ, _ = self.apply(params, x, n_patches, future=future, key=key, train=train)
         y_GMRQ = y_GMRQ[:, : batch["target"].shape[1]]

@@ -30,15 +30,14 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.missing import mean_observed, mean_over_rows, scale_of_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.layers.network import nested, run_network
-from ltsm_jax.layers.quantiles import median_of
+from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, windows_that_fit
 from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-MEMORY = 2 << 30  # bytes that the widest activations of one evaluation batch may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ class ChronosBoltConfig:
     stride: int = 16
     context_len: int = 2048
     horizon: int = 64
-    levels: tuple[float, ...] = LEVELS
+    levels: tuple[float, ...] = DECILES
     reg_token: bool = True
     start_token: int = 0
     init_factor: float = 0.05
@@ -76,24 +75,17 @@ class ChronosBoltConfig:
                 f"encoder and decoder differ in width: {self.encoder.d_model}, "
                 f"{self.decoder.d_model}"
             )
-        if min(self.block_dim, self.patch_len, self.stride, self.context_len, self.horizon) < 1:
-            problems.append("every size must be positive")
+        problems += field_problems(
+            self, "block_dim", "patch_len", "stride", "context_len", "horizon"
+        )
         if self.stride > self.patch_len:
             problems.append(
                 f"patches of {self.patch_len} every {self.stride} steps would leave points out"
             )
-        if (
-            not self.levels
-            or list(self.levels) != sorted(set(self.levels))
-            or not 0 < self.levels[0] < 1
-        ):
-            problems.append(f"levels must rise within (0, 1): {self.levels}")
-        elif self.levels[-1] >= 1:
-            problems.append(f"levels must lie within (0, 1): {self.levels}")
+        problems += level_problems(self.levels)
         if not 0 <= self.start_token < self.vocabulary:
             problems.append(f"start_token must be below {self.vocabulary}, got {self.start_token}")
-        if problems:
-            raise ValueError("ChronosBoltConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @property
     def vocabulary(self) -> int:
@@ -118,8 +110,10 @@ class ChronosBoltConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         both = {name: rest.pop(name) for name in list(rest) if name not in own}
         deep = layers if decoder_layers is None else decoder_layers
-        encoder = t5.StackConfig.of(d_model, head_dim, layers, heads, d_ff, **both)
-        decoder = t5.StackConfig.of(d_model, head_dim, deep, heads, d_ff, decoder=True, **both)
+        encoder = t5.StackConfig.of(d_model, head_dim, layers, heads=heads, ffn=d_ff, **both)
+        decoder = t5.StackConfig.of(
+            d_model, head_dim, deep, heads=heads, ffn=d_ff, decoder=True, **both
+        )
         return cls(encoder, decoder, d_ff, **rest)
 
     @classmethod
@@ -130,23 +124,15 @@ class ChronosBoltConfig:
         """
         chronos = fields.get("chronos_config", {})
         names = ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
-        missing = [name for name in names if name not in fields]
-        names = (
-            "context_length",
-            "prediction_length",
-            "input_patch_size",
-            "input_patch_stride",
-            "quantiles",
-        )
-        missing += [f"chronos_config.{name}" for name in names if name not in chronos]
-        if missing:
-            raise ValueError(f"the config of a Chronos-Bolt checkpoint lacks {', '.join(missing)}")
+        inner = ("context_length", "prediction_length", "quantiles")
+        inner += ("input_patch_size", "input_patch_stride")
+        require_fields("Chronos-Bolt", fields, names, chronos_config=inner)
         activation, gated = activation_of(fields)
         return cls.of(
             fields["d_model"],
             fields["num_heads"],
             fields["d_ff"],
-            fields["num_layers"],
+            layers=fields["num_layers"],
             head_dim=fields["d_kv"],
             decoder_layers=fields.get("num_decoder_layers"),
             n_buckets=fields.get("relative_attention_num_buckets", 32),
@@ -177,12 +163,14 @@ def activation_of(fields: Mapping[str, Any]) -> tuple[Any, bool]:
 
 # widths and depths: their parameter counts are those of the published models, 9M, 21M, 48M and 205M
 PRESETS = {
-    "amazon/chronos-bolt-tiny": ChronosBoltConfig.of(256, 4, 1024, 4),
-    "amazon/chronos-bolt-mini": ChronosBoltConfig.of(384, 8, 1536, 4),
-    "amazon/chronos-bolt-small": ChronosBoltConfig.of(512, 8, 2048, 6),
-    "amazon/chronos-bolt-base": ChronosBoltConfig.of(768, 12, 3072, 12),
+    "amazon/chronos-bolt-tiny": ChronosBoltConfig.of(256, 4, 1024, layers=4),
+    "amazon/chronos-bolt-mini": ChronosBoltConfig.of(384, 8, 1536, layers=4),
+    "amazon/chronos-bolt-small": ChronosBoltConfig.of(512, 8, 2048, layers=6),
+    "amazon/chronos-bolt-base": ChronosBoltConfig.of(768, 12, 3072, layers=12),
     # ours, small enough to ship and to train on a laptop
-    "bolt-mini": ChronosBoltConfig.of(128, 4, 512, 2, head_dim=32, context_len=512, horizon=96),
+    "bolt-mini": ChronosBoltConfig.of(
+        128, 4, 512, layers=2, head_dim=32, context_len=512, horizon=96
+    ),
 }
 
 
@@ -239,8 +227,6 @@ class ChronosBolt(Model):
 
     family = "chronos_bolt"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-bolt)"
     shard_rules = (
@@ -265,7 +251,7 @@ class ChronosBolt(Model):
             16,
             2,
             24,
-            2,
+            layers=2,
             head_dim=5,
             decoder_layers=1,
             patch_len=8,
@@ -276,13 +262,17 @@ class ChronosBolt(Model):
         )
 
     @property
+    def missing_in_front(self) -> bool:
+        return True
+
+    @property
     def eval_batch(self) -> int:
         """As many windows as fit when each is rolled out once for every quantile."""
         cfg = self.config
         tokens = cfg.context_len // cfg.stride + 1
         heads = max(layer.attn.heads for layer in cfg.encoder.layers)
         row = 4 * tokens * max(2 * cfg.block_dim, heads * tokens)
-        return 1 << max(int(math.log2(MEMORY / (len(cfg.levels) * row))), 0)
+        return windows_that_fit(len(cfg.levels) * row, memory=2 << 30)
 
     def init(self, key: jax.Array) -> Tree:
         """Everything is multiplied by the factor, the scales of the norms too. The head's first
@@ -298,10 +288,8 @@ class ChronosBolt(Model):
             if path.startswith(("embed/", "head/")):
                 if path.endswith("/bias"):
                     return Constant(0.0)
-                return Normal(
-                    cfg.init_factor
-                    * (cfg.block_dim if "/out/" in path else 2 * cfg.patch_len) ** -0.5
-                )
+                inputs = cfg.block_dim if "/out/" in path else 2 * cfg.patch_len
+                return Normal(cfg.init_factor * inputs**-0.5)
             return t5.initial(path, shape, cfg.encoder.d_model, factor=cfg.init_factor)
 
         return draw(key, shapes, rule)
@@ -383,7 +371,7 @@ class ChronosBolt(Model):
         """
         cfg, target = self.config, batch["target"]
         b, c, h = target.shape
-        self._check_target(h)
+        self._require_reach(h)
         _, taps = self.apply(params, batch["context"], key=key, train=train)
         y = (target.reshape(b * c, h).astype(jnp.float32) - taps["loc"]) / taps["scale"]
         observed = ~jnp.isnan(y)[:, None]
@@ -397,18 +385,11 @@ class ChronosBolt(Model):
         `horizon` steps.
         """
         target = batch["target"]
-        self._check_target(target.shape[-1])
-        y = self._point(self.apply(params, batch["context"], key=key, train=train)[0])[
-            ..., : target.shape[-1]
-        ]
+        self._require_reach(target.shape[-1])
+        y_BCHQ, _ = self.apply(params, batch["context"], key=key, train=train)
+        y = self._point(y_BCHQ)[..., : target.shape[-1]]
         observed = ~jnp.isnan(target)
         return mean_observed(jnp.square(y - jnp.where(observed, target, 0.0)), observed, batch)
-
-    def _check_target(self, steps: int) -> None:
-        if steps > self.horizon:
-            raise ValueError(
-                f"the model predicts {self.horizon} steps at once; the target has {steps}"
-            )
 
     def _point(self, y_BCHQ: jax.Array) -> jax.Array:
         """The median [B, C, H]: that of the levels, or between the two beside it."""
@@ -424,9 +405,8 @@ class ChronosBolt(Model):
         y_BCHQ, _ = self.apply(params, x_BCT)
         blocks = math.ceil(horizon / cfg.horizon)
         if blocks > 1:
-            y_BCHQ = jnp.concatenate(
-                [y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks=blocks - 1)], axis=2
-            )
+            later_BCHQ = self._rolled_out(params, x_BCT, y_BCHQ, blocks=blocks - 1)
+            y_BCHQ = jnp.concatenate([y_BCHQ, later_BCHQ], axis=2)
         y_BCHQ = y_BCHQ[..., :horizon, :]
         return Forecast(self._point(y_BCHQ), y_BCHQ, levels=cfg.levels)
 
@@ -450,14 +430,13 @@ class ChronosBolt(Model):
         x_RQT = jnp.repeat(x_BCT.reshape(b * c, 1, t), q, axis=1)
         paths = x_RQT, jnp.swapaxes(y_BCHQ.reshape(b * c, h, q), 1, 2)
         if cfg.stride == cfg.patch_len:
-            # of one length throughout: patches of nothing but missing points, on the left, change
-            # nothing
-            paths = (
-                jnp.pad(x_RQT, ((0, 0), (0, 0), (length - t, 0)), constant_values=jnp.nan),
-                paths[1],
-            )
+            # Of one length throughout: patches of nothing but missing points, on the left, change
+            # nothing.
+            front = ((0, 0), (0, 0), (length - t, 0))
+            paths = jnp.pad(x_RQT, front, constant_values=jnp.nan), paths[1]
             _, y_SRQH = jax.lax.scan(step, paths, length=blocks)
-        else:  # patches that overlap begin elsewhere in a longer window
+        else:
+            # Patches that overlap begin elsewhere in a longer window: each window is cut anew.
             found = []
             for _ in range(blocks):
                 paths, y_RQH = step(paths, None)
@@ -470,7 +449,7 @@ class ChronosBolt(Model):
         params: Tree,
         context: jax.Array,
         horizon: int,
-        levels: Sequence[float] = LEVELS,
+        levels: Sequence[float] = DECILES,
         original: bool = False,
     ) -> jax.Array:
         """Quantiles [B, C, H, len(levels)] of a forecast at any levels.

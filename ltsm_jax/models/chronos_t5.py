@@ -28,11 +28,12 @@ from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.quantiles import DECILES
+from ltsm_jax.models.configs import refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MEMORY = 2 << 30  # bytes that one forward pass of an evaluation may take, roughly
 
 
@@ -100,8 +101,7 @@ class ChronosT5Config:
             )
         if not 0 <= self.missing_prob < 1 or not self.init_factor >= 0:
             problems.append("missing_prob must lie in [0, 1), init_factor must not be negative")
-        if problems:
-            raise ValueError("ChronosT5Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @property
     def d_model(self) -> int:
@@ -128,8 +128,8 @@ class ChronosT5Config:
             if name in rest
         }
         n = layers if decoder_layers is None else decoder_layers
-        encoder = t5.StackConfig.of(d_model, d_kv, layers, heads, d_ff, **shared)
-        decoder = t5.StackConfig.of(d_model, d_kv, n, heads, d_ff, decoder=True, **shared)
+        encoder = t5.StackConfig.of(d_model, d_kv, layers, heads=heads, ffn=d_ff, **shared)
+        decoder = t5.StackConfig.of(d_model, d_kv, n, heads=heads, ffn=d_ff, decoder=True, **shared)
         return cls(encoder, decoder, **rest)
 
     @classmethod
@@ -150,15 +150,8 @@ class ChronosT5Config:
             "context_length",
             "prediction_length",
         )
-        missing = [name for name in top if name not in fields]
-        missing += [f"chronos_config.{name}" for name in inner if name not in chronos]
-        missing += [
-            f"chronos_config.tokenizer_kwargs.{name}"
-            for name in ("low_limit", "high_limit")
-            if name not in limits
-        ]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        require_fields("Chronos-T5", fields, top, chronos_config=inner)
+        require_fields("Chronos-T5", limits, ("low_limit", "high_limit"))
         other = [
             f"{name} is {told!r}, not {known!r}"
             for name, told, known in (
@@ -226,10 +219,8 @@ def bins(n: int, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """
     step = np.float64(np.float32(np.float32(high) - np.float32(low)) / np.float32(n - 1))
     i = np.arange(n, dtype=np.float64)
-    from_low, from_high = (
-        np.float64(np.float32(low)) + step * i,
-        np.float64(np.float32(high)) - step * (n - 1 - i),
-    )
+    from_low = np.float64(np.float32(low)) + step * i
+    from_high = np.float64(np.float32(high)) - step * (n - 1 - i)
     centres = np.where(i < n // 2, from_low, from_high).astype(np.float32)
     middles = (centres[1:] + centres[:-1]) / np.float32(2)
     limit = np.float32(1e20)
@@ -349,12 +340,12 @@ def pick_gumbel(y: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.argmax(y + noise, axis=-1)
 
 
-def forecast_of(samples: jax.Array, levels: tuple[float, ...] = LEVELS) -> Forecast:
+def forecast_of(samples: jax.Array, levels: tuple[float, ...] = DECILES) -> Forecast:
     """The forecast that sampled paths [B, C, H, samples] make: their mean, and their quantiles
     (interpolated).
     """
     quantiles_QBCH = jnp.quantile(samples, jnp.asarray(levels), axis=-1)
-    return Forecast(samples.mean(-1), jnp.moveaxis(quantiles_QBCH, 0, -1), samples, levels)
+    return Forecast(samples.mean(-1), jnp.moveaxis(quantiles_QBCH, 0, -1), samples, levels=levels)
 
 
 class ChronosT5Net(nn.Module):
@@ -406,8 +397,8 @@ class ChronosT5(Model):
 
     family = "chronos_t5"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^shared$"  # the output layer, which is the embedding of the input too
+    # The output layer is the embedding of the input too.
+    heads = ("shared",)
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
@@ -423,8 +414,8 @@ class ChronosT5(Model):
             16,
             6,
             2,
-            24,
-            2,
+            d_ff=24,
+            layers=2,
             n_buckets=8,
             max_distance=20,
             vocab_size=64,
@@ -435,6 +426,10 @@ class ChronosT5(Model):
             top_k=50,
             init_factor=1.0,
         )
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
 
     @property
     def eval_batch(self) -> int:
@@ -459,11 +454,9 @@ class ChronosT5(Model):
         shapes = jax.eval_shape(ChronosT5Net(cfg).init, key, ids_11, ids_11, ids_11)["params"]
 
         def rule(path, shape):
-            return (
-                Normal(cfg.init_factor)
-                if path == "shared"
-                else t5.initial(path, shape, cfg.d_model, factor=cfg.init_factor)
-            )
+            if path == "shared":
+                return Normal(cfg.init_factor)
+            return t5.initial(path, shape, cfg.d_model, factor=cfg.init_factor)
 
         return draw(key, shapes, rule)
 
@@ -520,16 +513,15 @@ class ChronosT5(Model):
                 f"Chronos-T5 learns {cfg.horizon} steps at a time, not {target.shape[-1]}; cut the "
                 "target"
             )
-        target = jnp.pad(
-            target.astype(jnp.float32), ((0, 0), (0, 0), (0, short)), constant_values=jnp.nan
-        )
+        # What a target lacks at its end is missing, and has no part in the loss.
+        end = ((0, 0), (0, 0), (0, short))
+        target = jnp.pad(target.astype(jnp.float32), end, constant_values=jnp.nan)
         if train and key is not None and cfg.missing_prob:
             key, missing_key = jax.random.split(key)
             t = context.shape[-1]
             whole = jnp.concatenate([context.astype(jnp.float32), target], axis=-1)
-            share_BC1 = jax.random.uniform(
-                missing_key, (*whole.shape[:2], 1), maxval=cfg.missing_prob
-            )
+            rows = (*whole.shape[:2], 1)
+            share_BC1 = jax.random.uniform(missing_key, rows, maxval=cfg.missing_prob)
             lost = jax.random.uniform(jax.random.fold_in(missing_key, 1), whole.shape) < share_BC1
             whole = jnp.where(lost, jnp.nan, whole)
             context, target = whole[..., :t], whole[..., t:]
@@ -563,9 +555,8 @@ class ChronosT5(Model):
         open_RHV = logits_RNV[:, :h].astype(jnp.float32).at[..., cfg.eos].set(-jnp.inf)
         y_RH = (jax.nn.softmax(open_RHV) @ values_V1)[..., 0] * taps["scale"][:, None]
         observed = ~jnp.isnan(target)
-        error_BCH = jnp.where(
-            observed, y_RH.reshape(b, c, h) - jnp.where(observed, target, 0.0), 0.0
-        )
+        gap_BCH = y_RH.reshape(b, c, h) - jnp.where(observed, target, 0.0)
+        error_BCH = jnp.where(observed, gap_BCH, 0.0)
         return mean_observed(jnp.square(error_BCH), observed, batch)
 
     # --- by sampling

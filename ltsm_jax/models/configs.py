@@ -1,4 +1,6 @@
-"""Config dataclasses, built from JSON and checked against their annotations."""
+"""Config dataclasses: what is wrong with their fields, and building them from JSON, checked against
+their annotations.
+"""
 
 import dataclasses
 import difflib
@@ -7,8 +9,8 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 MAX_INTEGER = 1 << 20  # no published size has more than 100,000, and what is larger is damage
 MAX_NUMBER = 1e30  # in float32 with room for its square root, its inverse and some products
@@ -16,6 +18,72 @@ MAX_ENTRIES = 1 << 16  # of one list
 _SHARES = re.compile(r"(^|_)(dropout|prob|eps)$")  # numbers from 0 to 1
 _POSITIVE = re.compile(r"(^|_)(std|scale|temperature|theta|base|factor|delta)$")
 _MOST_PROBLEMS = 10
+
+# What `hidden_act` of a config.json of the transformers library may name.
+HiddenAct = Literal["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
+HIDDEN_ACTS: tuple[HiddenAct, ...] = typing.get_args(HiddenAct)
+
+
+def field_problems(config: Any, *sizes: str) -> list[str]:
+    """Say what is wrong with single fields of a config, whatever the others hold.
+
+    Rates of dropout, known by their names, lie in [0, 1); deviations, factors and the like are not
+    negative; a field that is annotated with choices holds one of them.
+
+    sizes: names of the fields, numbers or tuples of numbers, that must be at least 1.
+    """
+    problems = []
+    for name in sizes:
+        value = getattr(config, name)
+        if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+            problems.append(f"{name} must be positive, got {value}")
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        choices = _choices(field.type)
+        if choices and value not in choices:
+            known = " or ".join(map(str, choices))
+            problems.append(f"{name} must be {known}, got {value!r}")
+        elif name.endswith("dropout") and not 0 <= value < 1:
+            problems.append(f"{name} must be in [0, 1), got {value}")
+        elif field.type is float and _POSITIVE.search(name) and not value >= 0:
+            problems.append(f"{name} must not be negative, got {value}")
+    return problems
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """List what a field can hold; nothing where an annotation allows more than choices."""
+    if hint is type(None):
+        return (None,)
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return ()
+    parts = [_choices(part) for part in typing.get_args(hint)]
+    return sum(parts, ()) if all(parts) else ()
+
+
+def refuse(config: Any, problems: list[str]) -> None:
+    """Raise a ValueError with all problems of a config, if there are any."""
+    if problems:
+        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))
+
+
+def require_fields(
+    checkpoint: str, fields: Mapping[str, Any], names: Iterable[str], **inner: Iterable[str]
+) -> None:
+    """Refuse a published config that lacks fields.
+
+    Args:
+      checkpoint: what it is of, as users call it.
+      names: of the fields that there must be.
+      inner: of those within a field that is a mapping of its own, by the name of that field.
+    Raises: ValueError naming all that are missing.
+    """
+    missing = [name for name in names if name not in fields]
+    for within, own in inner.items():
+        missing += [f"{within}.{name}" for name in own if name not in fields.get(within, {})]
+    if missing:
+        raise ValueError(f"the config of a {checkpoint} checkpoint lacks {', '.join(missing)}")
 
 
 def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
@@ -29,7 +97,7 @@ def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
       range; else what the class itself refuses.
     """
     problems: list[str] = []
-    built = _dataclass(cls, fields, "", problems)
+    built = _dataclass(cls, fields, "", problems=problems)
     if problems:
         more = (
             [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
@@ -55,7 +123,7 @@ def _dataclass(cls: type, fields: Any, where: str, problems: list[str]) -> Any:
     values = {}
     for name, field in known.items():
         if name in fields:
-            values[name] = _value(hints[name], fields[name], where + name, problems)
+            values[name] = _value(hints[name], fields[name], where + name, problems=problems)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             problems.append(f"{where}{name}: missing")
     if len(problems) > before:
@@ -77,11 +145,11 @@ def _value(hint: Any, x: Any, where: str, problems: list[str]) -> Any:
     """Read one value as an annotation says, or note what is wrong with it."""
     kind = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), x, where + ".", problems)
+        return _dataclass(typing.cast(type, hint), x, where + ".", problems=problems)
     if kind is tuple:
-        return _tuple(typing.get_args(hint), x, where, problems)
+        return _tuple(typing.get_args(hint), x, where, problems=problems)
     if kind in (typing.Union, types.UnionType):
-        return _one_of(typing.get_args(hint), x, where, problems)
+        return _one_of(typing.get_args(hint), x, where, problems=problems)
     if kind is typing.Literal:
         told = typing.get_args(hint)
         if not any(x == value and type(x) is type(value) for value in told):
@@ -119,7 +187,7 @@ def _tuple(parts: tuple[Any, ...], x: Any, where: str, problems: list[str]) -> A
         problems.append(f"{where}: {len(parts)} entries were expected, got {_short(x)}")
         return ()
     return tuple(
-        _value(part, entry, f"{where}[{i}]", problems)
+        _value(part, entry, f"{where}[{i}]", problems=problems)
         for i, (part, entry) in enumerate(zip(parts, x))
     )
 
@@ -131,7 +199,7 @@ def _one_of(choices: tuple[Any, ...], x: Any, where: str, problems: list[str]) -
     told: list[str] = []
     for choice in choices:
         found: list[str] = []
-        value = _value(choice, x, where, found)
+        value = _value(choice, x, where, problems=found)
         if not found:
             return value
         told = told or found

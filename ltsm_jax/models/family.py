@@ -8,6 +8,7 @@ side of attention, Q quantiles. In [B, C, H] of a forecast, H is the horizon.
 
 import abc
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,9 @@ Batch = Mapping[str, jax.Array]
 `weight` [B] (0 for padding rows); for families with `covariates` also `past` [B, K, L] and `known`
 [B, K', L + H], see `predict_with`.
 """
+
+COVARIATES = frozenset({"past", "known"})
+"""All kinds of covariates, see `Model.predict_with`."""
 
 Task = Literal["forecasting", "imputation", "anomaly", "classification", "embedding"]
 
@@ -85,6 +89,13 @@ class Recipe:
     lora: Lora | None = None
 
 
+def windows_that_fit(bytes_each: float, memory: int = 1 << 30) -> int:
+    """The largest power of two of windows, at least 1, whose widest activations fit into so many
+    bytes: for `Model.eval_batch`.
+    """
+    return 1 << max(int(math.log2(memory / bytes_each)), 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model(abc.ABC):
     """A model family at one size: pure functions of (params, inputs), hashable, so it may be static
@@ -99,15 +110,12 @@ class Model(abc.ABC):
     # config by published name: checkpoint file stem, or hub name "owner/name" or
     # "owner/name@revision"
     published: ClassVar[Mapping[str, Any]] = {}
-    head_leaves: ClassVar[str]  # regular expression: the leaves that linear probing trains
+    # modules or leaves that turn what the body gives into forecasts; of several alike, called
+    # head_0, head_1, ..., the name without its number
+    heads: ClassVar[tuple[str, ...]] = ("head",)
     tasks: ClassVar[tuple[Task, ...]]
     licence: ClassVar[str]  # of the published weights
     head_names: ClassVar[tuple[str, ...]] = ()  # heads that `with_head` can put on
-    # kinds of covariates that `predict_with` takes: "past" and "known"
-    covariates: ClassVar[frozenset[str]] = frozenset()
-    # NaN in front of a context give the forecast (of a sampling family, its distribution) of the
-    # context without them
-    missing_in_front: ClassVar[bool] = False
     # the training loss is a mean over rows, so that parts of a batch give the gradient of the whole
     rows_apart: ClassVar[bool] = True
     # regular expression: the leaves of a model with further scales that msft trains; None:
@@ -116,8 +124,6 @@ class Model(abc.ABC):
     # weights are of the order of 1 at any width: the factor that is part of them elsewhere stands
     # in the forward pass
     unit_scaled: ClassVar[bool] = False
-    # regular expression: leaves that are data, never trained and never mixed
-    fixed: ClassVar[str | None] = None
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]
     ]  # regex of the path -> mesh axis per dimension
@@ -153,6 +159,28 @@ class Model(abc.ABC):
     def config_to_dict(self) -> dict[str, Any]:
         """The config as JSON types, for config.json of a model folder."""
         return dataclasses.asdict(self.config)
+
+    @property
+    def head_leaves(self) -> str:
+        """Regular expression of the leaves of `heads`: those that linear probing trains."""
+        return rf"^({'|'.join(self.heads)})(_\d+)?(/|$)"
+
+    @property
+    def fixed(self) -> str | None:
+        """Regular expression of the leaves that are data, never trained and never mixed."""
+        return None
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        """Kinds of covariates that `predict_with` takes, of `COVARIATES`."""
+        return frozenset()
+
+    @property
+    def missing_in_front(self) -> bool:
+        """Whether NaN in front of a context give the forecast (of a sampling family, its
+        distribution) of the context without them.
+        """
+        return False
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -210,8 +238,18 @@ class Model(abc.ABC):
         it, rolled out where the target is long. NaN as in `loss`.
         """
         steps = batch["target"].shape[-1]
-        point_BCH = self._forecast(params, batch["context"], steps, key, train)
+        point_BCH = self._forecast(params, batch["context"], steps, key=key, train=train)
         return mse_observed(point_BCH, batch["target"], batch)
+
+    def _require_reach(self, steps: int) -> None:
+        """Refuse a target of more than `horizon` steps, for losses that do not roll out.
+
+        Raises: ValueError with both lengths.
+        """
+        if steps > self.horizon:
+            raise ValueError(
+                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
+            )
 
     def _forecast(
         self, params: Tree, context: jax.Array, horizon: int, key=None, train: bool = False
@@ -235,7 +273,7 @@ class Model(abc.ABC):
         if beside:
             point = self.predict_with(params, context, horizon, **beside, key=key).point
         else:
-            point = self.predict(params, context, horizon, key).point
+            point = self.predict(params, context, horizon, key=key).point
         return mean_observed(jnp.abs(point - jnp.where(observed, target, 0.0)), observed, batch)
 
     def predict(

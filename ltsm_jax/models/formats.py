@@ -110,9 +110,9 @@ def current(family: str, config: Any, told: int) -> Any:
         found = dict(config)
         for part in _STACKS[family]:
             if isinstance(config.get(part), Mapping):
-                found[part] = _of_lists(config[part], family, f"{part}.", problems)
+                found[part] = _of_lists(config[part], family, f"{part}.", problems=problems)
     else:
-        found = _of_lists(config, family, "", problems)
+        found = _of_lists(config, family, "", problems=problems)
     if problems:
         raise ValueError("; ".join(problems))
     return found

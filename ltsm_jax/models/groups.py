@@ -127,12 +127,12 @@ class Group:
     @classmethod
     def units(cls, module: str = "", field: str = "ffn") -> "Group":
         """Feed-forward units in a module with linears up, down and, where there is one, gate."""
-        return cls("ffn units", module, field, ("gate", "up"), ("down",))
+        return cls("ffn units", module, field, makes=("gate", "up"), takes=("down",))
 
     @classmethod
     def experts(cls, module: str) -> "Group":
         """Experts as the stacked kernels gate, up [E, D, F] and down [E, F, D] of a module."""
-        return cls("experts", module, "experts", ("gate", "up"), ("down",))
+        return cls("experts", module, "experts", makes=("gate", "up"), takes=("down",))
 
 
 # of the layers of `layers.t5`, of which those of a decoder alone have `cross`

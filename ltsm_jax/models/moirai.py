@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from ltsm_jax.layers import mixture, multiscale, packed
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context, row_keys
-from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.mlp import GatedMLP
@@ -46,11 +46,21 @@ from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
+# Of uni2ts cli/conf/finetune for 1.1-R. Moirai 2 and Moirai-MoE have none there, and take it too.
+FINETUNING = {
+    "lr": 5e-7,
+    "batch_size": 64,
+    "epochs": 10,
+    "schedule": "constant",
+    "weight_decay": 0.1,
+    "clip": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,22 +93,16 @@ class MoiraiConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.d_model,
-            self.head_dim,
-            self.max_seq_len,
-            self.context_len,
-            self.horizon,
-            self.n_samples,
-        )
-        if min(*sizes, *self.patch_sizes, 1) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("d_model", "head_dim", "max_seq_len", "context_len", "horizon", "n_samples")
+        problems += field_problems(self, *sizes, "patch_sizes")
+        if self.fixed_scale == 0:
+            problems.append("fixed_scale must be positive")
         if self.head_dim % 4:
             problems.append(
                 "half a head turns in pairs, so head_dim must be a multiple of 4, got "
                 f"{self.head_dim}"
             )
-        if not self.patch_sizes or len(set(self.patch_sizes)) < len(self.patch_sizes):
+        if len(set(self.patch_sizes)) < len(self.patch_sizes):
             problems.append(f"patch_sizes must be different numbers: {self.patch_sizes}")
         if self.patch_size not in ("auto", *self.patch_sizes):
             problems.append(
@@ -108,12 +112,7 @@ class MoiraiConfig:
             problems.append(
                 f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}"
             )
-        if self.variates not in ("joint", "independent"):
-            problems.append(f"variates must be joint or independent, got {self.variates!r}")
-        if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1 and self.fixed_scale > 0):
-            problems.append(f"dropout must be in [0, 1) and the fixed scale positive: {self}")
-        if problems:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -121,12 +120,8 @@ class MoiraiConfig:
     ) -> "MoiraiConfig":
         """Equal layers; heads split the model width, by default as in the original."""
         heads = d_model // HEAD_DIM if heads is None else heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
+        head_dim = head_width(d_model, heads)
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
-        head_dim = d_model // heads
         return cls(d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest)
 
     @classmethod
@@ -137,8 +132,7 @@ class MoiraiConfig:
         mixture.
         """
         required = ("d_model", "num_layers", "patch_sizes", "distr_output")
-        if missing := [name for name in required if name not in fields]:
-            raise ValueError(f"the config of a Moirai checkpoint lacks {', '.join(missing)}")
+        require_fields("Moirai", fields, required)
         kinds, fixed_scale = mixture.read_published(fields["distr_output"])
         return cls.of(
             int(fields["d_model"]),
@@ -199,7 +193,7 @@ class Block(nn.Module):
         attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
         adapters = self.adapters(layout.how, multiscale.scale_index(tokens)) if layout else None
         y_BND, inner = attention(
-            y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters
+            y_BND, seen_BNS, same_BNS, time_id_BN=tokens.time_id, train=train, adapters=adapters
         )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
@@ -266,25 +260,25 @@ class MoiraiNet(nn.Module):
 
             def layer(i, params, x_BND):
                 return Block(cfg, cfg.layers[i], parent=None).apply(
-                    {"params": params}, x_BND, tokens, train, layout
+                    {"params": params}, x_BND, tokens, train=train, layout=layout
                 )[0]
 
             runs = equal_runs(cfg.layers)
             x_BND = through_layers(layer, self.variables["params"], x_BND, runs=runs)
         for i, dims in enumerate(() if looped else cfg.layers):
-            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train, layout)
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train, layout=layout)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else slice(*only)
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
-        y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
+        y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1=scale_BN1[:, cut])
         return y, taps | nested("head", raw)
 
 
-def _filled(x: jax.Array, missing: int, fill: float | bool) -> jax.Array:
-    """x [..., T] with `missing` steps more in front."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing, 0)], constant_values=fill)
+def _filled(x: jax.Array, missing: int) -> jax.Array:
+    """x [..., T] with `missing` steps of 0 or False more in front."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing, 0)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +289,6 @@ class Moirai(Model):
 
     family = "moirai"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     # beside what is new: as in MSFT, not the embedding, the projections of attention and the
     # feed-forward layers
@@ -315,7 +308,15 @@ class Moirai(Model):
     @classmethod
     def small(cls) -> MoiraiConfig:
         return MoiraiConfig.of(
-            16, 2, 2, 24, patch_sizes=(4, 8), context_len=32, horizon=8, patch_size=8, n_samples=20
+            16,
+            2,
+            2,
+            d_ff=24,
+            patch_sizes=(4, 8),
+            context_len=32,
+            horizon=8,
+            patch_size=8,
+            n_samples=20,
         )
 
     @property
@@ -339,7 +340,9 @@ class Moirai(Model):
         ]
         if cfg.multiscale:
             shapes |= {"scale_weights": jax.ShapeDtypeStruct((cfg.multiscale.scales,), jnp.float32)}
-        return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model, own=multiscale.distribution)
+        return packed.fresh(
+            key, shapes, cfg.patch_sizes, d_model=cfg.d_model, own=multiscale.distribution
+        )
 
     def with_scales(self, params: Tree, how: MultiScale, key: jax.Array) -> tuple["Moirai", Tree]:
         if self.config.multiscale is not None:
@@ -355,15 +358,7 @@ class Moirai(Model):
             "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and "
             "context ours"
         )
-        return self._recipe(
-            lr=5e-7,
-            batch_size=64,
-            epochs=10,
-            schedule="constant",
-            source=source,
-            weight_decay=0.1,
-            clip=1.0,
-        )
+        return self._recipe(source=source, **FINETUNING)
 
     # --- the network, and distributions of the future
 
@@ -414,8 +409,8 @@ class Moirai(Model):
         """Distribution [B, C, H] of the steps after `past`, in its units.
 
         patch: one of `patch_sizes`. lean: for a forecast, see `layers.scan`. scale: see
-        `MoiraiNet`, for models of one scale. future, covariates: `is_pad`, `known`, `past_known`,
-        see `layers.packed.pack`; of several scales there is `is_pad` alone.
+        `MoiraiNet`, for models of one scale. future, covariates: `begun_BT`, `known`, `past_known`,
+        see `layers.packed.pack`; of several scales there is `begun_BT` alone.
         """
         if self.config.multiscale:
             parts = self.scaled_future(
@@ -440,7 +435,7 @@ class Moirai(Model):
         key=None,
         train=False,
         lean=False,
-        is_pad=None,
+        begun_BT=None,
     ) -> tuple[Mixture, ...]:
         """Distributions [B, C, ceil(H / 2^s)] of the coming steps of each scale s; arguments as of
         `future`.
@@ -449,7 +444,7 @@ class Moirai(Model):
         assert how is not None, "this model has one scale"
         c, width = past[0].shape[1], max(self.config.patch_sizes)
         tokens, layout = multiscale.pack_scales(
-            past, horizon, patch, width=width, how=how, is_pad=is_pad
+            past, horizon, patch, width=width, how=how, begun_BT=begun_BT
         )
         only = layout.first, layout.first + sum(layout.futures)
         y, _ = self.apply(
@@ -460,12 +455,16 @@ class Moirai(Model):
             own = jax.tree.map(lambda leaf, begin=begin, n=n: leaf[:, begin : begin + n], y)
             steps = -(-horizon // 2**s)
             parts.append(
-                jax.tree.map(lambda leaf, steps=steps: packed.unpack(leaf, c, steps, patch), own)
+                jax.tree.map(
+                    lambda leaf, steps=steps: packed.unpack(leaf, c, steps, patch=patch), own
+                )
             )
             begin += n
         return tuple(parts)
 
-    def best_future(self, params: Tree, past: Series, horizon: int, context_len: int, is_pad=None):
+    def best_future(
+        self, params: Tree, past: Series, horizon: int, context_len: int, begun_BT=None
+    ):
         """`future` after the last `context_len` steps of `past`, at the patch size that would have
         forecast the last `horizon` steps best, each row its own: (mixture, validation losses [Z,
         B]).
@@ -475,26 +474,22 @@ class Moirai(Model):
         """
         (x, observed), sizes = past, self.config.patch_sizes
         b, _, t = x.shape
-        pad = jnp.zeros((b, t), bool) if is_pad is None else is_pad
+        begun = jnp.ones((b, t), bool) if begun_BT is None else begun_BT
         held, first = min(horizon, t // 2), max(t - context_len, 0)
         length = max(t - held, t - first)
 
         def window(start: int, stop: int) -> tuple[jax.Array, ...]:
-            """Values, observed and padding of the steps from `start` to `stop`, `length` of them
-            with padding.
+            """Values, observed and begun of the steps from `start` to `stop`, filled up in front
+            to `length`.
             """
             missing = length - (stop - start)
-            series = (leaf[..., start:stop] for leaf in (x, observed, pad))
-            fills = (0.0, False, True)
-            return tuple(
-                _filled(leaf, missing, fill) for leaf, fill in zip(series, fills, strict=True)
-            )
+            series = (leaf[..., start:stop] for leaf in (x, observed, begun))
+            return tuple(_filled(leaf, missing) for leaf in series)
 
         def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture | ScaleMixture:
-            x, observed, pad, *scale = window
-            return self.future(
-                params, (x, observed), steps, patch, lean=True, scale=scale or None, is_pad=pad
-            )
+            x, observed, begun, *scale = window
+            past, more = (x, observed), {"scale": scale or None, "begun_BT": begun}
+            return self.future(params, past, steps, patch=patch, lean=True, **more)
 
         # A forecast of the end of the context, which is known, and of the horizon, at each size.
         stacked = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
@@ -530,11 +525,9 @@ class Moirai(Model):
         original draws one for each sample, of those that suit its frequency).
         """
         cfg = self.config
-        return (
-            cfg.patch_sizes[len(cfg.patch_sizes) // 2]
-            if cfg.patch_size == "auto"
-            else cfg.patch_size
-        )
+        if cfg.patch_size == "auto":
+            return cfg.patch_sizes[len(cfg.patch_sizes) // 2]
+        return cfg.patch_size
 
     def _distribution(
         self, params: Tree, batch: Batch, key, train: bool
@@ -568,9 +561,9 @@ class Moirai(Model):
         for s, part in enumerate(parts):
             own = multiscale.pooled(truth, 2**s, before=False)
             losses.append(mixture.series_nll(part, *own, rows.get("weight")))
-        return (
-            jax.nn.softmax(params["scale_weights"].astype(jnp.float32)) * jnp.stack(losses)
-        ).sum()
+        # Weights of any size make shares that sum to 1.
+        share_S = jax.nn.softmax(params["scale_weights"].astype(jnp.float32))
+        return (share_S * jnp.stack(losses)).sum()
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets."""
@@ -589,7 +582,9 @@ class Moirai(Model):
         x = packed.rows_of({"context": jnp.asarray(context, jnp.float32)}, cfg.variates)["context"]
         if cfg.patch_size == "auto":
             x = x[..., -cfg.context_len - horizon :]
-            y, _ = self.best_future(params, observed_series(x), horizon, cfg.context_len)
+            y, _ = self.best_future(
+                params, observed_series(x), horizon, context_len=cfg.context_len
+            )
         else:
             x = x[..., -cfg.context_len :]
             y = self.future(params, observed_series(x), horizon, patch=cfg.patch_size, lean=True)

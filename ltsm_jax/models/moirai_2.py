@@ -27,20 +27,20 @@ import numpy as np
 from ltsm_jax.layers import packed
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
+from ltsm_jax.layers.initial import Normal, draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, Tokens, observed_series
-from ltsm_jax.layers.quantiles import median_of
+from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree, flatten
-
-HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
+from ltsm_jax.models.moirai import FINETUNING, HEAD_DIM
+from ltsm_jax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Moirai2Config:
     head_dim: int
     layers: tuple[LayerDims, ...]
     n_patches: int = 4
-    levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    levels: tuple[float, ...] = DECILES
     max_seq_len: int = 512
     scaling: bool = True
     dropout: float = 0.0
@@ -69,36 +69,14 @@ class Moirai2Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.patch_size,
-            self.d_model,
-            self.head_dim,
-            self.n_patches,
-            self.max_seq_len,
-            self.context_len,
-        )
-        if min(*sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("patch_size", "d_model", "head_dim", "n_patches", "max_seq_len", "context_len")
+        problems += field_problems(self, *sizes) + level_problems(self.levels)
         if self.head_dim % 4:
             problems.append(
                 "half a head turns in pairs, so head_dim must be a multiple of 4, got "
                 f"{self.head_dim}"
             )
-        if (
-            not self.levels
-            or sorted(set(self.levels)) != list(self.levels)
-            or not 0 < min(self.levels) <= max(self.levels) < 1
-        ):
-            problems.append(f"levels must be numbers between 0 and 1, in order: {self.levels}")
-        if self.variates not in ("joint", "independent") or self.missing not in ("mean", "zero"):
-            problems.append(
-                "variates must be joint or independent and missing mean or zero: "
-                f"{self.variates!r}, {self.missing!r}"
-            )
-        if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1):
-            problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.attn_dropout}")
-        if problems:
-            raise ValueError("Moirai2Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -106,14 +84,9 @@ class Moirai2Config:
     ) -> "Moirai2Config":
         """Equal layers; heads split the model width, by default as in the original."""
         heads = d_model // HEAD_DIM if heads is None else heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
-        head_dim = d_model // heads
-        return cls(
-            patch_size, d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest
-        )
+        head_dim = head_width(d_model, heads)
+        equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
+        return cls(patch_size, d_model, head_dim, layers=equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "Moirai2Config":
@@ -121,18 +94,10 @@ class Moirai2Config:
 
         Raises: ValueError naming the fields that are missing.
         """
-        required = (
-            "patch_size",
-            "d_model",
-            "d_ff",
-            "num_layers",
-            "num_predict_token",
-            "quantile_levels",
-        )
-        if missing := [name for name in required if name not in fields]:
-            raise ValueError(f"the config of a Moirai 2 checkpoint lacks {', '.join(missing)}")
+        sizes = ("patch_size", "d_model", "d_ff", "num_layers")
+        require_fields("Moirai 2", fields, (*sizes, "num_predict_token", "quantile_levels"))
         return cls.of(
-            *(int(fields[name]) for name in required[:4]),
+            *(int(fields[name]) for name in sizes),
             n_patches=int(fields["num_predict_token"]),
             levels=tuple(map(float, fields["quantile_levels"])),
             max_seq_len=int(fields.get("max_seq_len", 512)),
@@ -142,7 +107,7 @@ class Moirai2Config:
         )
 
 
-PRESETS = {"Salesforce/moirai-2.0-R-small": Moirai2Config.of(16, 384, 1024, 6)}
+PRESETS = {"Salesforce/moirai-2.0-R-small": Moirai2Config.of(16, 384, 1024, layers=6)}
 
 
 class Residual(nn.Module):
@@ -174,7 +139,9 @@ class Block(nn.Module):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
-        y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
+        y_BND, inner = attention(
+            y_BND, tokens.causal, tokens.same_variate, time_id_BN=tokens.time_id, train=train
+        )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
@@ -201,7 +168,8 @@ class Moirai2Net(nn.Module):
         x_BNI = jnp.concatenate([scaled_BNP, tokens.observed.astype(scaled_BNP.dtype)], axis=-1)
         x_BND, inner = Residual(cfg.d_model, cfg.d_model, name="embed")(x_BNI)
         taps |= nested("embed", inner, x_BND)
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
@@ -237,7 +205,6 @@ class Moirai2(Model):
 
     family = "moirai_2"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-2.0-R)"
     shard_rules = (
@@ -252,7 +219,7 @@ class Moirai2(Model):
     @classmethod
     def small(cls) -> Moirai2Config:
         return Moirai2Config.of(
-            4, 16, 24, 2, 2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32
+            4, 16, 24, layers=2, heads=2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32
         )
 
     @property
@@ -261,7 +228,8 @@ class Moirai2(Model):
 
     @property
     def eval_batch(self) -> int:
-        return 32  # times the number of quantiles, once the roll-out has begun
+        # Times the number of quantiles, once the roll-out has begun.
+        return 32
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights and
@@ -269,32 +237,20 @@ class Moirai2(Model):
         """
         cfg = self.config
         tokens = packed.pack(
-            observed_series(jnp.zeros((1, 1, cfg.patch_size))), 1, cfg.patch_size, cfg.patch_size
+            observed_series(jnp.zeros((1, 1, cfg.patch_size))),
+            1,
+            cfg.patch_size,
+            width=cfg.patch_size,
         )
         shapes = jax.eval_shape(Moirai2Net(cfg).init, key, tokens)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, shape):
-            if path.endswith("/variate_bias"):
-                return Normal(1.0)
-            return torch_linear(flat, path) or Constant(1.0)
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, torch_rule(shapes, own={"variate_bias": Normal(1.0)}))
 
     def recipe(self) -> Recipe:
         source = (
             "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip "
             "1.0)"
         )
-        return self._recipe(
-            lr=5e-7,
-            batch_size=64,
-            epochs=10,
-            schedule="constant",
-            source=source,
-            weight_decay=0.1,
-            clip=1.0,
-        )
+        return self._recipe(source=source, **FINETUNING)
 
     # --- the network, and what is made of its quantiles
 
@@ -351,7 +307,7 @@ class Moirai2(Model):
     def quantiles(self, params: Tree, past: Series, horizon: int, **covariates) -> jax.Array:
         """Quantiles [B, C, H, Q] after `past`, in its units; rolled out where they are far.
 
-        covariates: `is_pad`, `known`, `past_known`, see `layers.packed.pack`.
+        covariates: `begun_BT`, `known`, `past_known`, see `layers.packed.pack`.
         """
         cfg, (b, c, t) = self.config, past[0].shape
         p, k, q = cfg.patch_size, cfg.n_patches, len(cfg.levels)
@@ -462,4 +418,4 @@ class Moirai2(Model):
         ]
         y = self.quantiles(params, self.prepare(x), horizon)
         y = y.reshape(*context.shape[:2], horizon, -1)
-        return Forecast(median_of(y, self.config.levels), y, None, self.config.levels)
+        return Forecast(median_of(y, self.config.levels), y, None, levels=self.config.levels)

@@ -30,7 +30,7 @@ import numpy as np
 from ltsm_jax.layers import experts, mixture, packed
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context, row_keys
-from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
@@ -38,12 +38,14 @@ from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
+from ltsm_jax.models.moirai import FINETUNING, HEAD_DIM
 from ltsm_jax.trees import Tree
 
-HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
-N_EXPERTS, TOP_K = 32, 2  # hard-coded in the original
+# Hard-coded in the original.
+N_EXPERTS, TOP_K = 32, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +85,10 @@ class MoiraiMoeConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.d_model,
-            self.head_dim,
-            self.max_seq_len,
-            self.context_len,
-            self.horizon,
-            self.n_samples,
-        )
-        if min(*sizes, *self.patch_sizes, 1) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("d_model", "head_dim", "max_seq_len", "context_len", "horizon", "n_samples")
+        problems += field_problems(self, *sizes, "patch_sizes")
+        if self.fixed_scale == 0:
+            problems.append("fixed_scale must be positive")
         if self.head_dim % 4:
             problems.append(
                 "half a head turns in pairs, so head_dim must be a multiple of 4, got "
@@ -115,12 +111,7 @@ class MoiraiMoeConfig:
                     f"a layer has at least {TOP_K} experts from 0 to {self.n_experts - 1}, got "
                     f"{ids}"
                 )
-        if self.variates not in ("joint", "independent"):
-            problems.append(f"variates must be joint or independent, got {self.variates!r}")
-        if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1 and self.fixed_scale > 0):
-            problems.append(f"dropout must be in [0, 1) and the fixed scale positive: {self}")
-        if problems:
-            raise ValueError("MoiraiMoeConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -136,14 +127,11 @@ class MoiraiMoeConfig:
         original.
         """
         heads = d_model // HEAD_DIM if heads is None else heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
+        head_dim = head_width(d_model, heads)
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
         experts_of_layer = ExpertDims(tuple(range(n_experts)), d_ff)
-        layer = MoiraiMoeLayer(HeadDims.of(heads, d_model // heads), experts_of_layer)
-        return cls(d_model, d_model // heads, (layer,) * layers, n_experts=n_experts, **rest)
+        layer = MoiraiMoeLayer(HeadDims.of(heads, head_dim), experts_of_layer)
+        return cls(d_model, head_dim, (layer,) * layers, n_experts=n_experts, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiMoeConfig":
@@ -153,8 +141,7 @@ class MoiraiMoeConfig:
         mixture.
         """
         required = ("d_model", "num_layers", "patch_sizes", "distr_output")
-        if missing := [name for name in required if name not in fields]:
-            raise ValueError(f"the config of a Moirai-MoE checkpoint lacks {', '.join(missing)}")
+        require_fields("Moirai-MoE", fields, required)
         kinds, fixed_scale = mixture.read_published(fields["distr_output"])
         patch_sizes, d_ff = tuple(int(p) for p in fields["patch_sizes"]), fields.get("d_ff")
         return cls.of(
@@ -223,10 +210,11 @@ class Routed(nn.Module):
     def __call__(self, x_BND, centroid_ED):
         cfg, taps, kept = self.cfg, {}, self.dims.experts.ids
         x_TD = x_BND.reshape(-1, cfg.d_model)
-        wide, centre_ED = (
-            x_TD.astype(jnp.float32),
-            centroid_ED.astype(jnp.float32)[np.asarray(kept)],
-        )
+        wide = x_TD.astype(jnp.float32)
+        centre_ED = centroid_ED.astype(jnp.float32)[np.asarray(kept)]
+
+        # |x - c|^2 from one product of matrices, in full precision: the order of the distances says
+        # which experts a token visits.
         product_TE = jnp.matmul(wide, centre_ED.T, precision=jax.lax.Precision.HIGHEST)
         square_TE = (
             jnp.square(wide).sum(-1, keepdims=True)
@@ -258,7 +246,12 @@ class Block(nn.Module):
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
         y_BND, inner = attention(
-            y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only
+            y_BND,
+            tokens.causal,
+            tokens.same_variate,
+            time_id_BN=tokens.time_id,
+            train=train,
+            only=only,
         )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND if only is None else x_BND[:, only]
@@ -316,16 +309,21 @@ class MoiraiMoeNet(nn.Module):
             def layer(i, params, x_BND, only=None):
                 block = Block(cfg, cfg.layers[i], parent=None)
                 return block.apply(
-                    {"params": params["block"]}, x_BND, params["centroid"], tokens, train, only
+                    {"params": params["block"]},
+                    x_BND,
+                    params["centroid"],
+                    tokens=tokens,
+                    train=train,
+                    only=only,
                 )[0]
 
             # The last layer is on its own: of it, nothing but the tokens asked for is computed.
             runs = equal_runs(cfg.layers[:-1])
             x_BND = through_layers(layer, layers, x_BND, runs=runs)
-            x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
+            x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only=only)
         for i, dims in enumerate(() if looped else cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(
-                x_BND, centroid_LED[i], tokens, train
+                x_BND, centroid_LED[i], tokens, train=train
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
@@ -333,7 +331,7 @@ class MoiraiMoeNet(nn.Module):
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
         x_BND = x_BND if looped else x_BND[:, cut]
-        y, raw = head(x_BND, patch, loc_BN1[:, cut], scale_BN1[:, cut])
+        y, raw = head(x_BND, patch, loc_BN1[:, cut], scale_BN1=scale_BN1[:, cut])
         return y, taps | nested("head", raw)
 
 
@@ -345,10 +343,8 @@ class MoiraiMoe(Model):
 
     family = "moirai_moe"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-moe-1.0-R)"
-    fixed = r"^centroid$"
     shard_rules = (
         (r"^(embed|residual|feature)/kernel$", (None, None, "fsdp")),
         (r"^head/.*/kernel$", (None, "fsdp", None)),
@@ -365,8 +361,8 @@ class MoiraiMoe(Model):
             16,
             2,
             8,
-            2,
-            4,
+            heads=2,
+            n_experts=4,
             patch_sizes=(4, 8),
             patch_size=8,
             context_len=32,
@@ -375,8 +371,13 @@ class MoiraiMoe(Model):
         )
 
     @property
+    def fixed(self) -> str | None:
+        return r"^centroid$"
+
+    @property
     def eval_batch(self) -> int:
-        return 8  # times n_samples, once the roll-out has begun
+        # Times n_samples, once the roll-out has begun.
+        return 8
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights, with
@@ -404,15 +405,7 @@ class MoiraiMoe(Model):
         source = (
             "none in uni2ts for MoE: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip 1.0)"
         )
-        return self._recipe(
-            lr=5e-7,
-            batch_size=64,
-            epochs=10,
-            schedule="constant",
-            source=source,
-            weight_decay=0.1,
-            clip=1.0,
-        )
+        return self._recipe(source=source, **FINETUNING)
 
     # --- the network, and what is made of its next-patch distributions
 
@@ -550,7 +543,9 @@ class MoiraiMoe(Model):
         x = packed.rows_of({"context": jnp.asarray(context, jnp.float32)}, cfg.variates)["context"]
         x = x[..., -cfg.context_len :]
         (_, c, t), n, keys = x.shape, cfg.n_samples, row_keys(key, x)
-        tokens = packed.pack(observed_series(x), horizon, cfg.patch_size, max(cfg.patch_sizes))
+        tokens = packed.pack(
+            observed_series(x), horizon, cfg.patch_size, width=max(cfg.patch_sizes)
+        )
         last, first, steps = self._places(c, t, horizon)
 
         def draw(step, y):

@@ -44,7 +44,9 @@ from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows
 from ltsm_jax.layers.network import run_network
+from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.positions import require_table
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import T5_GROUPS, LayerStack
 from ltsm_jax.trees import Tree, flatten
@@ -97,34 +99,22 @@ class MomentConfig:
     vocab_size: int = 32128
 
     def __post_init__(self):
-        problems = []
-        sizes = (self.d_model, self.head_dim, self.patch_len, self.context_len, self.table_len)
-        if min(sizes) < 1 or self.d_model % 2:
-            problems.append(
-                f"every size must be positive, d_model even for the sinusoid table: {self}"
-            )
-        elif not 1 <= self.n_patches <= self.table_len:
+        sizes = ("d_model", "head_dim", "patch_len", "context_len", "table_len")
+        problems = field_problems(self, *sizes)
+        if self.d_model % 2:
+            problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
+        if self.patch_len > 0 and not 1 <= self.n_patches <= self.table_len:
             problems.append(
                 f"the context ({self.context_len} steps) must be 1 to {self.table_len} patches of "
                 f"{self.patch_len}"
             )
-        needs = {
-            "reconstruction": (),
-            "forecasting": ("horizon",),
-            "classification": ("n_classes",),
-        }
-        if self.head not in needs:
-            problems.append(f"the head is one of {', '.join(needs)}, not {self.head!r}")
-        elif lacking := [name for name in needs[self.head] if getattr(self, name) < 1]:
-            problems.append(f"a {self.head} head needs {', '.join(lacking)} of at least 1")
-        if self.reduction not in ("concat", "mean"):
-            problems.append(f"reduction is concat or mean, not {self.reduction!r}")
-        elif self.head == "classification" and self.reduction == "concat" and self.n_variates < 1:
+        if self.head == "forecasting" and self.horizon < 1:
+            problems.append("a forecasting head needs horizon of at least 1")
+        if self.head == "classification" and self.n_classes < 1:
+            problems.append("a classification head needs n_classes of at least 1")
+        if self.head == "classification" and self.reduction == "concat" and self.n_variates < 1:
             problems.append("a classification head that reads all variates needs n_variates")
-        if not all(0 <= rate < 1 for rate in (self.dropout, self.patch_dropout, self.head_dropout)):
-            problems.append("dropout rates must lie in [0, 1)")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(self, problems)
         _ = self.stack  # its own checks
 
     @property
@@ -152,7 +142,7 @@ class MomentConfig:
         cls, layers: int, d_model: int, d_ff: int, heads: int, head_dim: int, **rest: Any
     ) -> "MomentConfig":
         """All layers alike."""
-        equal = t5.StackConfig.of(d_model, head_dim, layers, heads, d_ff).layers
+        equal = t5.StackConfig.of(d_model, head_dim, layers, heads=heads, ffn=d_ff).layers
         return cls(d_model, head_dim, equal, **rest)
 
     @classmethod
@@ -168,10 +158,7 @@ class MomentConfig:
         if not isinstance(inner, Mapping):
             raise ValueError("the config of a MOMENT checkpoint lacks t5_config")
         sizes = ("num_layers", "d_model", "d_ff", "num_heads", "d_kv")
-        missing = [name for name in ("seq_len", "patch_len") if name not in fields]
-        missing += [f"t5_config.{name}" for name in sizes if name not in inner]
-        if missing:
-            raise ValueError(f"the config of a MOMENT checkpoint lacks {', '.join(missing)}")
+        require_fields("MOMENT", fields, ("seq_len", "patch_len"), t5_config=sizes)
         fixed = {
             "transformer_type": ("encoder_only",),
             "patch_stride_len": (fields["patch_len"],),
@@ -212,9 +199,9 @@ class MomentConfig:
 
 
 PRESETS = {
-    "AutonLab/MOMENT-1-small": MomentConfig.of(8, 512, 1024, 6, 64),
-    "AutonLab/MOMENT-1-base": MomentConfig.of(12, 768, 2048, 12, 64),
-    "AutonLab/MOMENT-1-large": MomentConfig.of(24, 1024, 2816, 16, 64),
+    "AutonLab/MOMENT-1-small": MomentConfig.of(8, 512, 1024, heads=6, head_dim=64),
+    "AutonLab/MOMENT-1-base": MomentConfig.of(12, 768, 2048, heads=12, head_dim=64),
+    "AutonLab/MOMENT-1-large": MomentConfig.of(24, 1024, 2816, heads=16, head_dim=64),
 }
 
 
@@ -248,6 +235,7 @@ def random_mask(
     Blocks that are not all data are hidden too. T is cut to whole blocks. key: may be None where
     ratio is 0.
     """
+    # Blocks of data in an order by chance, the others behind them; the first ones stay visible.
     data = whole_patches(input_mask, block)
     noise = jnp.zeros_like(data) if key is None else jax.random.uniform(key, data.shape)
     rank = jnp.argsort(jnp.argsort(jnp.where(data == 1, noise, 2.0), axis=-1), axis=-1)
@@ -333,13 +321,11 @@ class Moment(Model):
 
     family = "moment"
     published = PRESETS
-    head_leaves = r"^head/"
     head_names = ("reconstruction", "forecasting", "classification")
     # A batch's loss is a mean over all of its masked points, and masks are random.
     rows_apart = False
     tasks = ("forecasting", "imputation", "anomaly", "classification", "embedding")
     licence = "MIT (AutonLab/MOMENT-1)"
-    fixed = r"^position_table$"
     shard_rules = (
         *t5.SHARD_RULES,
         (r"^embed/kernel$", (None, "fsdp")),
@@ -355,8 +341,8 @@ class Moment(Model):
             2,
             16,
             24,
-            2,
-            6,
+            heads=2,
+            head_dim=6,
             patch_len=8,
             context_len=64,
             n_buckets=8,
@@ -364,6 +350,10 @@ class Moment(Model):
             table_len=64,
             vocab_size=32,
         )
+
+    @property
+    def fixed(self) -> str | None:
+        return r"^position_table$"
 
     @property
     def horizon(self) -> int:
@@ -429,6 +419,7 @@ class Moment(Model):
         }
         if unknown := sorted(sizes.keys() - known.get(head, set()) - {"head_dropout"}):
             raise ValueError(f"a {head} head has no {', '.join(unknown)}")
+        # The sizes of the head before are no part of the new one's config.
         blank = {"horizon": 0, "n_classes": 0, "n_variates": 0, "reduction": "concat", "head": head}
         model = Moment(dataclasses.replace(self.config, **(blank | sizes)))
         return model, dict(params) | model._draw(key, {"head": model._shapes()["head"]})
@@ -544,6 +535,7 @@ class Moment(Model):
             )
         data = jnp.ones((x_BCT.shape[0], 1, x_BCT.shape[-1])) if input_mask is None else input_mask
         z_BCT, mean_BC1, std_BC1 = standardised(x_BCT, data)
+        # What moves out in front comes in behind, where it is hidden: no value of it is read.
         data = jnp.roll(data, -new, axis=-1).at[..., -new:].set(1)
         visible = jnp.ones_like(data).at[..., -new:].set(0)
         y_BCT, taps = self._net(
@@ -599,6 +591,7 @@ class Moment(Model):
         cfg = self.config
         if cfg.head == "classification":
             self._need("forecasting", "a forecast")
+        # Zero-shot passes hide as little as will do: equal parts of the horizon, in whole patches.
         steps = -(-horizon // self.horizon)
         ahead = self.horizon
         if cfg.head == "reconstruction":
@@ -626,7 +619,7 @@ class Moment(Model):
             ), y
 
         _, y_SBCH = jax.lax.scan(step, (x_BCW, data_BCW), jnp.arange(steps))
-        return jnp.moveaxis(y_SBCH, 0, 2).reshape(*x_BCW.shape[:2], -1)[..., :horizon]
+        return end_to_end(y_SBCH)[..., :horizon]
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """The original's loss of the head that is on.
@@ -643,7 +636,7 @@ class Moment(Model):
                     'the loss of the classification head needs batch["label"] [B], the class of '
                     "each row"
                 )
-            logits = self.classify(params, batch["context"], key, train).astype(jnp.float32)
+            logits = self.classify(params, batch["context"], key, train=train).astype(jnp.float32)
             picked = jnp.take_along_axis(
                 jax.nn.log_softmax(logits), batch["label"].reshape(-1, 1), axis=-1
             )
@@ -664,6 +657,7 @@ class Moment(Model):
         self._need("reconstruction", "this loss")
         x_BCT = batch["context"]
         y_BCT, _ = self.apply(params, x_BCT, input_mask=input_mask, mask=mask, key=key, train=train)
+        # What the network saw is no test of it, and padding or NaN no target.
         scored = input_mask * (1 - mask) * ~jnp.isnan(x_BCT)
         weight = batch.get("weight", jnp.ones(x_BCT.shape[0])).reshape(-1, 1, 1)
         error = jnp.square(y_BCT - jnp.nan_to_num(x_BCT)) * scored
@@ -707,12 +701,14 @@ class Moment(Model):
         """
         p, t = self.config.patch_len, arrays_BCT[0].shape[-1]
         w = self.config.n_patches * p
+        # One short window, of as many patches as there are.
         if t <= w:
             pad = -t % p
             arrays = [jnp.pad(a, ((0, 0), (0, 0), (pad, 0))) for a in arrays_BCT]
             data = (jnp.arange(t + pad) >= pad).astype(jnp.float32)
             data = jnp.broadcast_to(data.reshape(1, 1, -1), (arrays[0].shape[0], 1, t + pad))
             return f(arrays[0], data, *arrays[1:])[..., pad:]
+        # Whole windows, as rows of one batch; of the first one only what no other holds is kept.
         n = -(-t // w)
         starts = [max(t - (n - i) * w, 0) for i in range(n)]
 
@@ -763,6 +759,7 @@ def standardised(x_BCT: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Arra
     deviation.
     """
     x_BCT = x_BCT.astype(jnp.float32)
+    # Hidden points are scaled too, though they count neither in the mean nor in the deviation.
     known = (seen != 0) & ~jnp.isnan(x_BCT)
     n_BC1 = jnp.maximum(known.sum(-1, keepdims=True), 1)
     mean_BC1 = jnp.where(known, x_BCT, 0.0).sum(-1, keepdims=True) / n_BC1

@@ -101,7 +101,7 @@ def _places_at(model: Model, path: str) -> list[Place]:
             continue
         layer, module = split
         groups = [group for group in model.prunable if group.module == module]
-        found += [Place(group, path, stack, layer) for group in groups]
+        found += [Place(group, path, stack, layer=layer) for group in groups]
     return found
 
 
@@ -457,7 +457,7 @@ def _standing(config: Any, full: Any, place: Place) -> Kept:
         scores = np.tile(np.arange(own.qk), (heads, 1))
     elif place.group.scores == "pairs":
         scores = _standing_pairs(own, whole)
-    return Kept(parts, shared, values, scores)
+    return Kept(parts, shared, values, scores=scores)
 
 
 def _standing_pairs(own: HeadDims, whole: HeadDims) -> np.ndarray:

@@ -27,14 +27,15 @@ import numpy as np
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, roll_out
 from ltsm_jax.layers.context import check_context, row_keys
-from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
-from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.mlp import ACTIVATIONS, GatedMLP
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.patches import token_labels
+from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -71,61 +72,39 @@ class SundialConfig:
     sampling_steps: int = 50
     train_draws: int = 4
     n_samples: int = 20
-    activation: str = "silu"
+    activation: HiddenAct = "silu"
     dropout: float = 0.1
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
-        sizes = (
-            self.patch_len,
-            self.horizon,
-            self.d_model,
-            self.head_dim,
-            self.embed_dim,
-            self.context_len,
-        )
-        counts = (self.sampling_steps, self.train_draws, self.n_samples, self.max_positions)
-        if min(*sizes, *counts) < 1 or self.flow_depth < 0:
-            problems.append(f"every size must be positive: {self}")
-        if self.flow_depth > MAX_FLOW_DEPTH:
-            problems.append(f"flow_depth may be at most {MAX_FLOW_DEPTH}, got {self.flow_depth}")
+        sizes = ("patch_len", "horizon", "d_model", "head_dim", "embed_dim", "context_len")
+        counts = ("sampling_steps", "train_draws", "n_samples", "max_positions")
+        problems += field_problems(self, *sizes, *counts)
+        if not 0 <= self.flow_depth <= MAX_FLOW_DEPTH:
+            problems.append(f"flow_depth must be 0 to {MAX_FLOW_DEPTH}, got {self.flow_depth}")
         if self.head_dim % 2:
             problems.append(
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
             )
-        if (
-            self.activation not in HIDDEN_ACTS
-            or not 0 <= self.dropout < 1
-            or not self.init_std >= 0
-        ):
-            problems.append(
-                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
-                ">= 0"
-            )
-        if problems:
-            raise ValueError("SundialConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "SundialConfig":
         """From the fields of the hub's config.json. The context is not among them: 180 patches are
         taken.
         """
-        d, heads, layers = (
-            fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        )
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
-            )
+        d_model, heads = fields["hidden_size"], fields["num_attention_heads"]
+        layers, ffn = fields["num_hidden_layers"], fields["intermediate_size"]
+        head_dim = head_width(d_model, heads)
         return cls(
             patch_len=fields["input_token_len"],
             horizon=fields["output_token_lens"][-1],
-            d_model=d,
-            head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, ffn=fields["intermediate_size"]),
-            embed_dim=fields["intermediate_size"],
+            d_model=d_model,
+            head_dim=head_dim,
+            layers=equal_layers(layers, heads, head_dim, ffn=ffn),
+            embed_dim=ffn,
             flow_depth=fields.get("flow_loss_depth", 3),
             context_len=PATCHES * fields["input_token_len"],
             sampling_steps=fields.get("num_sampling_steps", 50),
@@ -165,7 +144,7 @@ class Block(nn.Module):
             cfg.d_model, self.dims.attn, cfg.head_dim, base=BASE, dropout=cfg.dropout, name="attn"
         )
         y_BND, taps["attn_weights"], cache = attention(
-            y_BND, positions_BN, mask_BHNS, cache, start, train
+            y_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
         )
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
@@ -204,10 +183,11 @@ class SundialNet(nn.Module):
         }
         positions_BN = (start + jnp.arange(n))[None]
         mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start)
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             cache = None if caches is None else caches[i]
             x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
-                x_BND, positions_BN, mask_BHNS, cache, start, train
+                x_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
@@ -247,29 +227,26 @@ class FlowNet(nn.Module):
 
         x_RSD = taps["input_proj"] = Linear((cfg.horizon,), (d,), name="input")(x_RSQ)
         taps["time_freq"] = time_features(t_RS)
-        y_RSD = nn.silu(
-            Linear((TIME_FEATURES,), (d,), name="time_in")(taps["time_freq"].astype(x_RSQ.dtype))
-        )
+        time_in = Linear((TIME_FEATURES,), (d,), name="time_in")
+        y_RSD = nn.silu(time_in(taps["time_freq"].astype(x_RSQ.dtype)))
         y_RSD = taps["time_embed"] = Linear((d,), (d,), name="time_out")(y_RSD)
         taps["cond_embed"] = Linear((d,), (d,), name="condition")(z_R1D)
         y_RSD = nn.silu(y_RSD + taps["cond_embed"])
         for k in range(cfg.flow_depth):
             name = f"block_{k}"
-            shift, scale, gate = jnp.split(
-                Linear((d,), (3 * d,), name=f"{name}_modulation")(y_RSD), 3, axis=-1
-            )
+            # Time and condition say how each block shifts, scales and lets through.
+            modulation = Linear((d,), (3 * d,), name=f"{name}_modulation")
+            shift, scale, gate = jnp.split(modulation(y_RSD), 3, axis=-1)
             h_RSD = nn.LayerNorm(1e-6, dtype=x_RSD.dtype, name=f"{name}_norm")(x_RSD)
             h_RSD = nn.silu(Linear((d,), (d,), name=f"{name}_in")(modulated(h_RSD, shift, scale)))
-            x_RSD = taps[f"res_block{k}"] = x_RSD + gate * Linear((d,), (d,), name=f"{name}_out")(
-                h_RSD
-            )
+            out = Linear((d,), (d,), name=f"{name}_out")
+            x_RSD = taps[f"res_block{k}"] = x_RSD + gate * out(h_RSD)
         shift, scale = jnp.split(Linear((d,), (2 * d,), name="final_modulation")(y_RSD), 2, axis=-1)
         plain = nn.LayerNorm(
             1e-6, use_bias=False, use_scale=False, dtype=x_RSD.dtype, name="final_norm"
         )
-        y_RSQ = taps["final_layer"] = Linear((d,), (cfg.horizon,), name="final")(
-            modulated(plain(x_RSD), shift, scale)
-        )
+        final = Linear((d,), (cfg.horizon,), name="final")
+        y_RSQ = taps["final_layer"] = final(modulated(plain(x_RSD), shift, scale))
         return y_RSQ, taps
 
 
@@ -281,7 +258,7 @@ class Sundial(Model):
 
     family = "sundial"
     published = PRESETS
-    head_leaves = r"^flow/"
+    heads = ("flow",)
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/sundial-base-128m)"
     shard_rules = (
@@ -330,14 +307,7 @@ class Sundial(Model):
         )
         shapes["flow"] = flow["params"]
 
-        def rule(path, _):
-            return (
-                Normal(cfg.init_std)
-                if path.endswith("/kernel")
-                else Constant(float(path.endswith("/scale")))
-            )
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, normal_rule(cfg.init_std))
 
     def recipe(self) -> Recipe:
         source = (
@@ -353,7 +323,9 @@ class Sundial(Model):
         is done.
         """
         b, c, t = x_BCT.shape
-        z_BND, taps, _ = self._net(params, x_BCT.reshape(b * c, t).astype(jnp.float32), key, train)
+        z_BND, taps, _ = self._net(
+            params, x_BCT.reshape(b * c, t).astype(jnp.float32), key, train=train
+        )
         return z_BND.reshape(b, c, *z_BND.shape[1:]), taps
 
     def _net(self, params: Tree, x_BL, key=None, train=False, **rest) -> Any:
@@ -389,11 +361,8 @@ class Sundial(Model):
         NaN in the target, and what lies past its end, does not count. The context is cut to its
         newest whole patches. Without a key the draws are the same each time.
         """
-        p, q, context = (
-            self.config.patch_len,
-            self.config.horizon,
-            batch["context"].astype(jnp.float32),
-        )
+        p, q = self.config.patch_len, self.config.horizon
+        context = batch["context"].astype(jnp.float32)
         if context.shape[-1] < p:
             raise ValueError(
                 f"the loss needs a context of one patch ({p}), got {context.shape[-1]} steps"
@@ -403,9 +372,9 @@ class Sundial(Model):
         series_BCT = (jnp.concatenate([context, batch["target"]], axis=-1) - mean_BC1) / std_BC1
         x_BCT = fill_missing(series_BCT[..., : context.shape[-1]])
         (b, c), n = context.shape[:2], context.shape[-1] // p
-        noise_key, time_key, drop_key = jax.random.split(
-            jax.random.key(0) if key is None else key, 3
-        )
+        # Every token has draws of its own, and a loss without a key the same ones each time.
+        own_key = jax.random.key(0) if key is None else key
+        noise_key, time_key, drop_key = jax.random.split(own_key, 3)
         rows = (self.config.train_draws, b * c * n)
         noise, t = jax.random.normal(noise_key, (*rows, q)), jax.random.uniform(time_key, rows)
         return self.token_loss(
@@ -456,9 +425,8 @@ class Sundial(Model):
         noised_RMQ = t_RM[..., None] * want_R1Q + (1 - t_RM[..., None]) * noise_RMQ
         clean_RMQ, _ = self.flow(params, noised_RMQ, t_RM, z_R1D=z_BCND.reshape(-1, 1, d))
         weight_Q = (1.0 / jnp.arange(1, q + 1)).reshape(1, 1, q) * count_BCNQ.reshape(-1, 1, q)
-        error_BCN = (weight_Q * jnp.square(clean_RMQ - want_R1Q)).sum((1, 2)).reshape(
-            b, c, n
-        ) / draws
+        error_R = (weight_Q * jnp.square(clean_RMQ - want_R1Q)).sum((1, 2))
+        error_BCN = error_R.reshape(b, c, n) / draws
         return mean_observed(error_BCN, token_BCN, batch or {})
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
@@ -526,7 +494,9 @@ class Sundial(Model):
 
         def step(state, points_BL, _):
             caches, start, i = state
-            z_BND, _, caches = self._net(params, points_BL, key, train, caches=caches, start=start)
+            z_BND, _, caches = self._net(
+                params, points_BL, key, train=train, caches=caches, start=start
+            )
             y_BSQ = self.sample(params, z_BND[:, -1], noise_TBSQ[i])
             return (caches, start + z_BND.shape[1], i + 1), median(y_BSQ), y_BSQ
 

@@ -31,14 +31,15 @@ from ltsm_jax.layers import experts
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, greedy_sizes, roll_out
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
-from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, head_width, layer_problems
+from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
-from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.mlp import ACTIVATIONS, GatedMLP
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
+from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -79,7 +80,7 @@ class TimeMoeConfig:
     max_positions: int = 4096
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
-    activation: str = "silu"
+    activation: HiddenAct = "silu"
     dense: bool = False
     apply_aux: bool = True
     aux_factor: float = 0.02
@@ -88,16 +89,8 @@ class TimeMoeConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
-        sizes = (
-            self.d_model,
-            self.head_dim,
-            self.context_len,
-            self.max_positions,
-            self.n_experts,
-            self.top_k,
-        )
-        if min(*sizes, *(self.horizons or (0,))) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("d_model", "head_dim", "context_len", "max_positions", "horizons")
+        problems += field_problems(self, *sizes, "n_experts", "top_k")
         if self.head_dim % 2:
             problems.append(
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
@@ -111,17 +104,7 @@ class TimeMoeConfig:
             problems.append(f"horizons must differ, got {self.horizons}")
         if self.dense and self.apply_aux:
             problems.append("a dense model has no router, so apply_aux must be off")
-        if (
-            self.activation not in HIDDEN_ACTS
-            or not 0 <= self.dropout < 1
-            or not self.init_std >= 0
-        ):
-            problems.append(
-                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
-                ">= 0"
-            )
-        if problems:
-            raise ValueError("TimeMoeConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimeMoeConfig":
@@ -131,22 +114,19 @@ class TimeMoeConfig:
         names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
         d, heads, layers, inner = (fields[n] for n in names)
         n_experts, top_k = fields.get("num_experts", 8), fields.get("num_experts_per_tok", 2)
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
-            )
+        head_dim = head_width(d, heads)
         if top_k < 1 or inner < top_k:
             raise ValueError(
                 f"intermediate_size ({inner}) is shared out among num_experts_per_tok ({top_k})"
             )
         layer = TimeMoeLayer(
-            attn=HeadDims.of(heads, d // heads, fields.get("num_key_value_heads") or heads),
+            attn=HeadDims.of(heads, head_dim, fields.get("num_key_value_heads") or heads),
             experts=ExpertDims(tuple(range(n_experts)), inner // top_k),
             shared=inner,
         )
         return cls(
             d_model=d,
-            head_dim=d // heads,
+            head_dim=head_dim,
             layers=(layer,) * layers,
             horizons=tuple(fields["horizon_lengths"]),
             n_experts=n_experts,
@@ -238,7 +218,7 @@ class Block(nn.Module):
             name="attn",
         )
         y_BND, taps["attn_weights"], cache = attention(
-            y_BND, positions_BN, mask_BHNS, cache, start, train, lean
+            y_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train, lean=lean
         )
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
@@ -311,7 +291,14 @@ class TimeMoeNet(nn.Module):
             mask = None if expert_masks is None else expert_masks[i]
             block = Block(cfg, dims, self.form, name=f"layer_{i}")
             x_BND, inner, cache = block(
-                x_BND, positions_BN, mask_BHNS, cache, start, mask, train, last
+                x_BND,
+                positions_BN,
+                mask_BHNS,
+                cache=cache,
+                start=start,
+                expert_mask=mask,
+                train=train,
+                lean=last,
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
@@ -344,9 +331,8 @@ def balance(
     slots_TKE = jnp.concatenate([jax.nn.one_hot(c, n_experts) for c in chosen_LTK])
     p_TE = jnp.concatenate(p_LTE)
     # an expert that is masked is chosen only to fill up the k, with probability 0
-    slots_TKE = (
-        slots_TKE * (jnp.take_along_axis(p_TE, jnp.concatenate(chosen_LTK), axis=1) > 0)[..., None]
-    )
+    likely_TK = jnp.take_along_axis(p_TE, jnp.concatenate(chosen_LTK), axis=1) > 0
+    slots_TKE = slots_TKE * likely_TK[..., None]
     weight = jnp.ones(p_TE.shape[0]) if weight_T is None else jnp.tile(weight_T, len(p_LTE))
     weight = weight / weight.sum()
     share_KE = jnp.einsum("T,TKE->KE", weight, slots_TKE)
@@ -361,9 +347,8 @@ class TimeMoe(Model):
 
     family = "time_moe"
     published = PRESETS
-    missing_in_front = True
-    rows_apart = False  # the balance term is of all tokens of a batch
-    head_leaves = r"^head_\d+/"
+    # The balance term is of all tokens of a batch.
+    rows_apart = False
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"
     shard_rules = (
@@ -398,6 +383,10 @@ class TimeMoe(Model):
         )
 
     @property
+    def missing_in_front(self) -> bool:
+        return True
+
+    @property
     def horizon(self) -> int:
         return max(self.config.horizons)
 
@@ -411,13 +400,7 @@ class TimeMoe(Model):
         """N(0, init_std^2) for every matrix, biases 0, norms 1."""
         point_11 = jax.ShapeDtypeStruct((1, 1), jnp.float32)
         shapes = jax.eval_shape(TimeMoeNet(self.config).init, key, point_11)["params"]
-
-        def rule(path, _):
-            if path.endswith(("/bias", "/scale")):
-                return Constant(float(path.endswith("/scale")))
-            return Normal(self.config.init_std)
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, normal_rule(self.config.init_std))
 
     def recipe(self) -> Recipe:
         source = (
@@ -486,9 +469,9 @@ class TimeMoe(Model):
         """
         context = batch["context"].astype(jnp.float32)
         z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context)
-        labels_BCT = (
-            jnp.concatenate([context[..., 1:], batch["target"]], axis=-1) - mean_BC1
-        ) / std_BC1
+        # Every point is to say what follows it: the labels are the series one point on.
+        later_BCT = jnp.concatenate([context[..., 1:], batch["target"]], axis=-1)
+        labels_BCT = (later_BCT - mean_BC1) / std_BC1
         return self.token_loss(
             params,
             z_BCT,
@@ -578,7 +561,9 @@ class TimeMoe(Model):
         z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context_BCT)
         t = z_BCT.shape[-1]
         z_BT, seen_BT = z_BCT.reshape(b * c, t), seen_BCT.reshape(b * c, t)
-        z_BH = self.generate(params, z_BT, horizon, seen_BT, key=key, train=train, lean=lean)
+        z_BH = self.generate(
+            params, z_BT, horizon, observed_BL=seen_BT, key=key, train=train, lean=lean
+        )
         return z_BH.reshape(b, c, horizon) * std_BC1 + mean_BC1
 
     def generate(
@@ -634,9 +619,8 @@ class TimeMoe(Model):
         # What the last step predicts goes nowhere.
         fed = sum(greedy_sizes(horizon, cfg.horizons)[:-1])
         if fed:
-            z_RT = jnp.concatenate(
-                [z_RT, self.generate(params, z_RT, horizon, observed_BL=seen_RT)[:, :fed]], axis=1
-            )
+            new_RH = self.generate(params, z_RT, horizon, observed_BL=seen_RT)
+            z_RT = jnp.concatenate([z_RT, new_RH[:, :fed]], axis=1)
             seen_RT = jnp.pad(seen_RT, ((0, 0), (0, fed)), constant_values=1)
         # the attention is causal, so one pass over all points sends them where the steps have sent
         # them

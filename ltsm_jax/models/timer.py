@@ -20,18 +20,19 @@ import jax.numpy as jnp
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, draw, torch_linear
+from ltsm_jax.layers.initial import draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
-from ltsm_jax.layers.patches import newest_patches
+from ltsm_jax.layers.patches import end_to_end, newest_patches
 from ltsm_jax.layers.positions import sinusoids
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree, flatten
+from ltsm_jax.trees import Tree
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
 # Rows of the original's position table: the longest sequence it can take, in patches.
@@ -61,9 +62,9 @@ class TimerConfig:
         problems = layer_problems(self.layers, self.head_dim, scores={"attn": "channels"})
         if self.d_model % 2:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
-        sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.horizon)
-        if min(*sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
+        problems += field_problems(
+            self, "patch_len", "d_model", "head_dim", "context_len", "horizon"
+        )
         if self.context_len < self.patch_len:
             problems.append(
                 f"the context ({self.context_len}) must hold one patch ({self.patch_len})"
@@ -73,27 +74,16 @@ class TimerConfig:
                 f"one step predicts one patch ({self.patch_len}), so the horizon cannot be "
                 f"{self.horizon}"
             )
-        if self.activation not in ("gelu", "relu") or not 0 <= self.dropout < 1:
-            problems.append(
-                f"activation must be gelu or relu and dropout in [0, 1): {self.activation}, "
-                f"{self.dropout}"
-            )
-        if problems:
-            raise ValueError("TimerConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
         cls, patch_len: int, d_model: int, d_ff: int, layers: int, heads: int, **rest
     ) -> "TimerConfig":
         """Equal layers; heads split the model width as in the original."""
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
-        head_dim = d_model // heads
-        return cls(
-            patch_len, d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest
-        )
+        head_dim = head_width(d_model, heads)
+        equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
+        return cls(patch_len, d_model, head_dim, layers=equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerConfig":
@@ -102,26 +92,18 @@ class TimerConfig:
 
         Raises: ValueError naming the options that are missing.
         """
-        missing = [
-            name
-            for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
-            if name not in fields
-        ]
-        if missing:
-            raise ValueError(f"the config of a Timer checkpoint lacks {', '.join(missing)}")
-        rest = {
-            ours: fields[theirs]
-            for ours, theirs in (("context_len", "seq_len"), ("dropout", "dropout"))
-            if theirs in fields
-        }
+        names = ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
+        require_fields("Timer", fields, names)
+        options = (("context_len", "seq_len"), ("dropout", "dropout"))
+        rest = {ours: fields[theirs] for ours, theirs in options if theirs in fields}
         task = fields.get("task_name", "forecasting")
-        # The original: anything else is gelu.
+
+        # One step predicts one patch: a longer forecast of the scripts is rolled out. For them
+        # every activation but relu is gelu.
+        patch_len = int(fields["patch_len"])
         return cls.of(
-            *(
-                int(fields[name])
-                for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
-            ),
-            horizon=min(int(fields.get("pred_len", fields["patch_len"])), int(fields["patch_len"])),
+            *(int(fields[name]) for name in names),
+            horizon=min(int(fields.get("pred_len", patch_len)), patch_len),
             task={"forecast": "forecasting", "anomaly_detection": "anomaly"}.get(task, task),
             activation="relu" if fields.get("activation") == "relu" else "gelu",
             **rest,
@@ -131,25 +113,26 @@ class TimerConfig:
 PRESETS = {
     # hyper-parameters from the scripts of thuml/Large-Time-Series-Model; no config file ships with
     # the checkpoints
-    "Timer_forecast_1.0": TimerConfig.of(96, 1024, 2048, 8, 8, context_len=672, horizon=96),
+    "Timer_forecast_1.0": TimerConfig.of(
+        96, 1024, 2048, layers=8, heads=8, context_len=672, horizon=96
+    ),
     "Timer_imputation_1.0": TimerConfig.of(
-        24, 256, 512, 4, 8, context_len=192, horizon=24, task="imputation"
+        24, 256, 512, layers=4, heads=8, context_len=192, horizon=24, task="imputation"
     ),
     "Timer_anomaly_detection_1.0": TimerConfig.of(
-        96, 256, 512, 4, 8, context_len=768, horizon=96, task="anomaly"
+        96, 256, 512, layers=4, heads=8, context_len=768, horizon=96, task="anomaly"
     ),
     # ours, small enough to ship and to train on a laptop
-    "timer-tiny": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
-    "timer-median": TimerConfig.of(
-        96, 128, 256, 4, 4, context_len=672, horizon=96
-    ),  # timer-tiny, on absolute error
+    "timer-tiny": TimerConfig.of(96, 128, 256, layers=4, heads=4, context_len=672, horizon=96),
+    # timer-tiny, trained on absolute error
+    "timer-median": TimerConfig.of(96, 128, 256, layers=4, heads=4, context_len=672, horizon=96),
     "timer-tiny-imputation": TimerConfig.of(
-        24, 128, 256, 4, 4, context_len=192, horizon=24, task="imputation"
+        24, 128, 256, layers=4, heads=4, context_len=192, horizon=24, task="imputation"
     ),
     "timer-tiny-anomaly": TimerConfig.of(
-        96, 128, 256, 4, 4, context_len=768, horizon=96, task="anomaly"
+        96, 128, 256, layers=4, heads=4, context_len=768, horizon=96, task="anomaly"
     ),
-    "timer-small": TimerConfig.of(96, 256, 1024, 6, 8, context_len=672, horizon=96),
+    "timer-small": TimerConfig.of(96, 256, 1024, layers=6, heads=8, context_len=672, horizon=96),
 }
 
 
@@ -216,12 +199,12 @@ class TimerNet(nn.Module):
         n = p_BNP.shape[1]
         if n > TABLE_LEN:
             raise ValueError(f"{n} patches; Timer's position table has {TABLE_LEN} rows")
-        x_BND = taps["value_embed"] = Linear(
-            (cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed"
-        )(p_BNP)
+        embed = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")
+        x_BND = taps["value_embed"] = embed(p_BNP)
         x_BND = taps["embed"] = x_BND + jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)[None]
         x_BND = Dropout(cfg.dropout)(x_BND, train)
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, train)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = nn.LayerNorm(epsilon=1e-5, name="norm")(x_BND)
@@ -237,7 +220,6 @@ class Timer(Model):
 
     family = "timer"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting", "imputation", "anomaly")
     licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
     shard_rules = (
@@ -251,7 +233,7 @@ class Timer(Model):
 
     @classmethod
     def small(cls) -> TimerConfig:
-        return TimerConfig.of(8, 16, 24, 2, 2, context_len=32, horizon=8)
+        return TimerConfig.of(8, 16, 24, layers=2, heads=2, context_len=32, horizon=8)
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear
@@ -259,12 +241,7 @@ class Timer(Model):
         """
         patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
         shapes = jax.eval_shape(TimerNet(self.config).init, key, patch_11P)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, shape):
-            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, torch_rule(shapes))
 
     def recipe(self) -> Recipe:
         if self.config in (PRESETS["timer-tiny"], PRESETS["timer-small"]):
@@ -394,10 +371,9 @@ class Timer(Model):
             y_BCP = self.apply(params, window_BCT)[0][..., -p:]
             return jnp.concatenate([window_BCT[..., p:], y_BCP], axis=-1), y_BCP
 
+        # The window has one length throughout, so that all steps are one program.
         _, y_SBCP = jax.lax.scan(step, x_BCT, length=steps)
-        return Forecast(
-            jnp.moveaxis(y_SBCP, 0, 2).reshape(*x_BCT.shape[:2], steps * p)[..., :horizon]
-        )
+        return Forecast(end_to_end(y_SBCP)[..., :horizon])
 
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
         """Reconstruction [B, C, T] of x where `observed` is 0, in data units. T must be whole
@@ -413,9 +389,8 @@ class Timer(Model):
                 f"imputation needs a series of whole patches ({p}), got {x.shape[-1]} steps"
             )
         observed = jnp.where(jnp.isnan(x), 0.0, observed.astype(jnp.float32))
-        y_BCT, _ = self.apply(
-            params, jnp.where(observed == 0, 0.0, x), observed, key=key, train=train
-        )
+        shown_BCT = jnp.where(observed == 0, 0.0, x)
+        y_BCT, _ = self.apply(params, shown_BCT, observed, key=key, train=train)
         if not ims:
             return y_BCT
         return jnp.concatenate([fill_missing(x)[..., :p], y_BCT[..., :-p]], axis=-1)
@@ -426,6 +401,6 @@ class Timer(Model):
         default). Missing values take the last value before them.
         """
         x = fill_missing(x)
-        return self.apply(
-            params, x[..., : -self.config.patch_len] if ims else x, key=key, train=train
-        )[0]
+        # What the last patch predicts lies behind the series.
+        x = x[..., : -self.config.patch_len] if ims else x
+        return self.apply(params, x, key=key, train=train)[0]

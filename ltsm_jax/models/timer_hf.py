@@ -32,13 +32,14 @@ from ltsm_jax.layers.causal import (
     roll_out,
 )
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
-from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.dims import LayerDims, equal_layers, head_width, layer_problems
+from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
-from ltsm_jax.layers.mlp import HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.patches import token_labels
+from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -69,7 +70,7 @@ class TimerHfConfig:
     layers: tuple[LayerDims, ...]
     horizons: tuple[int, ...]
     context_len: int
-    activation: str = "silu"
+    activation: HiddenAct = "silu"
     dropout: float = 0.0
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
@@ -77,9 +78,8 @@ class TimerHfConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
-        sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.max_positions)
-        if min(*sizes, *self.horizons, *([] if self.horizons else [0])) < 1:
-            problems.append(f"every size must be positive: {self}")
+        sizes = ("patch_len", "d_model", "head_dim", "context_len", "max_positions", "horizons")
+        problems += field_problems(self, *sizes)
         if self.head_dim % 2:
             problems.append(
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
@@ -90,37 +90,21 @@ class TimerHfConfig:
             )
         if len(set(self.horizons)) != len(self.horizons):
             problems.append(f"horizons must differ, got {self.horizons}")
-        if (
-            self.activation not in HIDDEN_ACTS
-            or not 0 <= self.dropout < 1
-            or not self.init_std >= 0
-        ):
-            problems.append(
-                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
-                ">= 0"
-            )
-        if self.scaling not in ("context", "fed", "sequence"):
-            problems.append(f"scaling must be context, fed or sequence, not {self.scaling}")
-        if problems:
-            raise ValueError("TimerHfConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerHfConfig":
         """From the fields of the hub's config.json. The context is not among them: 30 patches are
         taken.
         """
-        d, heads, layers = (
-            fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        )
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
-            )
+        d_model, heads = fields["hidden_size"], fields["num_attention_heads"]
+        layers, ffn = fields["num_hidden_layers"], fields["intermediate_size"]
+        head_dim = head_width(d_model, heads)
         return cls(
             patch_len=fields["input_token_len"],
-            d_model=d,
-            head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, ffn=fields["intermediate_size"]),
+            d_model=d_model,
+            head_dim=head_dim,
+            layers=equal_layers(layers, heads, head_dim, ffn=ffn),
             horizons=tuple(fields["output_token_lens"]),
             context_len=PATCHES * fields["input_token_len"],
             activation=fields.get("hidden_act", "silu"),
@@ -155,7 +139,7 @@ class Block(nn.Module):
             cfg.d_model, self.dims.attn, cfg.head_dim, base=BASE, dropout=cfg.dropout, name="attn"
         )
         a_BND, taps["attn_weights"], cache = attention(
-            x_BND, positions_BN, mask_BHNS, cache, start, train
+            x_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
         )
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND + a_BND)
@@ -179,19 +163,19 @@ class TimerHfNet(nn.Module):
     ):
         cfg, taps, kept = self.cfg, {"patches": p_BNP}, []
         n = p_BNP.shape[1]
-        x_BND = taps["embed"] = Linear(
-            (cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed"
-        )(p_BNP)
+        embed = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")
+        x_BND = taps["embed"] = embed(p_BNP)
         positions_BN = (start + jnp.arange(n))[None]
         if observed_BN is not None:
             positions_BN = jnp.where(observed_BN != 0, jnp.cumsum(observed_BN, axis=1) - 1, 1)
         mask_BHNS = causal_mask(
             n, n if caches is None else caches[0][0].shape[2], start=start, observed_BS=observed_BN
         )
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             cache = None if caches is None else caches[i]
             x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
-                x_BND, positions_BN, mask_BHNS, cache, start, train
+                x_BND, positions_BN, mask_BHNS, cache=cache, start=start, train=train
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
@@ -222,7 +206,6 @@ class TimerHf(Model):
 
     family = "timer_hf"
     published = PRESETS
-    head_leaves = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/timer-base-84m)"
     shard_rules = (
@@ -235,7 +218,9 @@ class TimerHf(Model):
 
     @classmethod
     def small(cls) -> TimerHfConfig:
-        return TimerHfConfig(8, 16, 8, equal_layers(2, 2, 8, ffn=24), (8, 16), context_len=48)
+        return TimerHfConfig(
+            8, 16, 8, layers=equal_layers(2, 2, 8, ffn=24), horizons=(8, 16), context_len=48
+        )
 
     @property
     def horizon(self) -> int:
@@ -243,21 +228,14 @@ class TimerHf(Model):
 
     @property
     def eval_batch(self) -> int:
-        return 512  # the caches of a long roll-out take a MB per token and 100 windows
+        # The caches of a long roll-out take a MB per token and 100 windows.
+        return 512
 
     def init(self, key: jax.Array) -> Tree:
         """N(0, init_std^2) for every matrix, biases 0, norms 1 and 0."""
         patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
         shapes = jax.eval_shape(TimerHfNet(self.config).init, key, patch_11P)["params"]
-
-        def rule(path, _):
-            return (
-                Normal(self.config.init_std)
-                if path.endswith("/kernel")
-                else Constant(float(path.endswith("scale")))
-            )
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, normal_rule(self.config.init_std))
 
     def recipe(self) -> Recipe:
         p = self.config.patch_len
@@ -313,7 +291,9 @@ class TimerHf(Model):
         mean_BC1, std_BC1 = jax.lax.stop_gradient(unbiased_moments(fill_missing(context), EPS))
         series_BCT = (jnp.concatenate([context, batch["target"]], axis=-1) - mean_BC1) / std_BC1
         x_BCT = fill_missing(series_BCT[..., : context.shape[-1]])
-        return self.token_loss(params, x_BCT, series_BCT[..., p:], batch, key=key, train=train)
+        return self.token_loss(
+            params, x_BCT, series_BCT[..., p:], batch=batch, key=key, train=train
+        )
 
     def token_loss(
         self,
@@ -363,15 +343,13 @@ class TimerHf(Model):
         if x_BL.shape[-1] < self.config.patch_len:
             x_BL = jnp.pad(x_BL, ((0, 0), (self.config.patch_len - x_BL.shape[-1], 0)), mode="edge")
         if self.config.scaling == "context":
-            y_BH = (
-                self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key=key, train=train)
-                * std_B1
-                + mean_B1
-            )
+            z_BL = (x_BL - mean_B1) / std_B1
+            z_BH = self.generate(params, z_BL, horizon, key=key, train=train)
+            y_BH = z_BH * std_B1 + mean_B1
         else:
-            y_BH = self.generate_as_original(
-                params, x_BL, horizon, use_cache=self.config.scaling == "fed"
-            )
+            # The original scales what it is fed: with its cache, the newest points alone.
+            fed = self.config.scaling == "fed"
+            y_BH = self.generate_as_original(params, x_BL, horizon, use_cache=fed)
         return y_BH.reshape(b, c, horizon)
 
     def generate(
@@ -382,9 +360,11 @@ class TimerHf(Model):
         """
         p, cfg = self.config.patch_len, self.config
         sizes, x_BL = greedy_sizes(horizon, cfg.horizons), x_BL[:, x_BL.shape[-1] % p :]
-        if len(sizes) == 1:  # nothing to keep
+        # One step needs no cache. Steps that are no whole patches move the borders of the patches,
+        # so that each reads the series anew.
+        if len(sizes) == 1:
             return self._next(params, x_BL, sizes[0], key=key, train=train)[0][:, :horizon]
-        if any(q % p for q in sizes[:-1]):  # the borders of the patches move: anew at each step
+        if any(q % p for q in sizes[:-1]):
             length = x_BL.shape[-1]
             for q in sizes:
                 y_BQ, *_ = self._next(
@@ -422,10 +402,8 @@ class TimerHf(Model):
         length, sizes = x_BL.shape[-1], greedy_sizes(horizon, self.config.horizons)
         room = (length + sum(sizes)) // p
         caches = self._cache(x_BL.shape[0], room) if use_cache else None
-        kept, counted = (
-            0,
-            length // p,
-        )  # tokens in the cache; tokens by the original's attention mask
+        # Tokens in the cache, and tokens by the original's attention mask.
+        kept, counted = 0, length // p
         for q in sizes:
             fed_BT = x_BL[:, kept * p :]
             if kept + fed_BT.shape[-1] // p != counted or fed_BT.shape[-1] < p:

@@ -26,18 +26,19 @@ import jax.numpy as jnp
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
+from ltsm_jax.layers.initial import Normal, draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
-from ltsm_jax.layers.patches import newest_patches, token_labels
+from ltsm_jax.layers.patches import end_to_end, newest_patches, token_labels
 from ltsm_jax.layers.rope import rotary
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree, flatten
+from ltsm_jax.trees import Tree
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
 PATCHES = 30  # of the longest context that the checkpoint was trained with: 2880 points
@@ -68,9 +69,9 @@ class TimerXLConfig:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (self.patch_len, self.horizon, self.d_model, self.head_dim, self.context_len)
-        if min(sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
+        problems += field_problems(
+            self, "patch_len", "horizon", "d_model", "head_dim", "context_len"
+        )
         if self.head_dim % 4:
             problems.append(
                 "half of a head turns in pairs, so its width must be a multiple of 4, not "
@@ -82,13 +83,7 @@ class TimerXLConfig:
             )
         if self.covariate and not self.joint:
             problems.append("covariates need variates that see one another (joint)")
-        if self.activation not in ("relu", "gelu") or not 0 <= self.dropout < 1:
-            problems.append(
-                f"activation must be relu or gelu and dropout in [0, 1): {self.activation}, "
-                f"{self.dropout}"
-            )
-        if problems:
-            raise ValueError("TimerXLConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerXLConfig":
@@ -97,8 +92,7 @@ class TimerXLConfig:
         given).
         """
         d, heads, layers = fields["d_model"], fields["n_heads"], fields["e_layers"]
-        if heads < 1 or d % heads:
-            raise ValueError(f"d_model ({d}) must be a multiple of n_heads ({heads})")
+        head_dim = head_width(d, heads)
         if fields.get("flash_attention"):
             raise ValueError(
                 "flash_attention: that branch of the original mixes up heads and time; set it to "
@@ -109,8 +103,8 @@ class TimerXLConfig:
             patch_len=fields["input_token_len"],
             horizon=fields["output_token_len"],
             d_model=d,
-            head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, ffn=fields["d_ff"]),
+            head_dim=head_dim,
+            layers=equal_layers(layers, heads, head_dim, ffn=fields["d_ff"]),
             context_len=fields.get("seq_len", PATCHES * fields["input_token_len"]),
             joint=not str(fields.get("data", "")).startswith("Univariate"),
             covariate=fields.get("covariate", False),
@@ -123,7 +117,13 @@ class TimerXLConfig:
 PRESETS = {
     # sizes of OpenLTM's load_pth_ckpt.ipynb; no config file ships with the checkpoint
     "timer_xl": TimerXLConfig(
-        96, 96, 1024, 128, equal_layers(8, 8, 128, ffn=2048), context_len=2880, joint=False
+        96,
+        96,
+        1024,
+        head_dim=128,
+        layers=equal_layers(8, 8, 128, ffn=2048),
+        context_len=2880,
+        joint=False,
     )
 }
 
@@ -161,12 +161,10 @@ class TimeAttention(nn.Module):
         q_BHSK = taps["q"] = _half_turned(project("q"))
         k_BHSK = taps["k"] = _half_turned(project("k"))
         v_BHSK = project("v")
-        shape = (2, dims.heads)
-        bias_2H = (
-            self.param("variate_bias", nn.initializers.zeros, shape)
-            if dims.heads
-            else jnp.zeros(shape)
-        )
+        # Without heads there is no leaf: neither files nor optimisers need to know of it.
+        bias_2H = jnp.zeros((2, 0))
+        if dims.heads:
+            bias_2H = self.param("variate_bias", nn.initializers.zeros, (2, dims.heads))
         bias_HSS = jnp.where(same_SS[None], bias_2H[1][:, None, None], bias_2H[0][:, None, None])
         taps["bias"] = jnp.broadcast_to(bias_HSS[None], (len(x_BSD), *bias_HSS.shape))
         scale = dims.qk**-0.5
@@ -210,7 +208,7 @@ class Block(nn.Module):
             return nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name=name)
 
         attention = TimeAttention(d, self.dims.attn, cfg.dropout, name="attn")
-        a_BSD, taps = attention(x_BSD, seen_SS, same_SS, train)
+        a_BSD, taps = attention(x_BSD, seen_SS, same_SS, train=train)
         taps["attn"] = a_BSD
         x_BSD = taps["norm1"] = norm("norm1")(x_BSD + drop(a_BSD))
         y_BSD = drop(feed_forward(x_BSD, ffn_dim, cfg.activation, dropout=drop))
@@ -231,8 +229,9 @@ class TimerXLNet(nn.Module):
         x_BCND = taps["embed"] = Linear((p,), (cfg.d_model,), name="embed")(p_BCNP)
         x_BSD = x_BCND.reshape(b, c * n, cfg.d_model)
         seen_SS, same_SS = variate_mask(c, n, cfg.covariate)
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
-            x_BSD, inner = Block(cfg, dims, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train)
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
+            x_BSD, inner = Block(cfg, dims, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train=train)
             taps |= nested(f"layer_{i}", inner, x_BSD)
         x_BSD = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name="norm")(x_BSD)
         y_BSQ = taps["head"] = Linear((cfg.d_model,), (cfg.horizon,), name="head")(x_BSD)
@@ -247,7 +246,6 @@ class TimerXL(Model):
 
     family = "timer_xl"
     published = PRESETS
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "MIT (thuml/OpenLTM)"
     shard_rules = (
@@ -262,7 +260,9 @@ class TimerXL(Model):
 
     @classmethod
     def small(cls) -> TimerXLConfig:
-        return TimerXLConfig(8, 8, 16, 8, equal_layers(2, 2, 8, ffn=24), context_len=32)
+        return TimerXLConfig(
+            8, 8, 16, head_dim=8, layers=equal_layers(2, 2, 8, ffn=24), context_len=32
+        )
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -279,14 +279,7 @@ class TimerXL(Model):
         """
         patch_111P = jax.ShapeDtypeStruct((1, 1, 1, self.config.patch_len), jnp.float32)
         shapes = jax.eval_shape(TimerXLNet(self.config).init, key, patch_111P)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, _):
-            if path.endswith("/variate_bias"):
-                return Normal(1.0)
-            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, torch_rule(shapes, own={"variate_bias": Normal(1.0)}))
 
     def recipe(self) -> Recipe:
         source = (
@@ -390,5 +383,4 @@ class TimerXL(Model):
                 window_BCT, y_BCQ = step(window_BCT, None)
                 found.append(y_BCQ)
             y_SBCQ = jnp.stack(found)
-        y_BCT = jnp.moveaxis(y_SBCQ, 0, 2).reshape(*context_BCT.shape[:2], steps * q)
-        return y_BCT[..., :horizon]
+        return end_to_end(y_SBCQ)[..., :horizon]

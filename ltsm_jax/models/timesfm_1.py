@@ -37,14 +37,14 @@ from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
-from ltsm_jax.layers.quantiles import pinball
+from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.residual import ResidualBlock
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 FREQS = 3  # rows of the frequency table
-DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
 # finite: a padded patch, which sees nothing, attends evenly to all.
 UNSEEN = -0.7 * float(np.finfo(np.float32).max)
 LOG2_E = 1.442695041  # as the original rounds it
@@ -80,17 +80,9 @@ class TimesFM1Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.patch_len,
-            self.output_len,
-            self.d_model,
-            self.head_dim,
-            self.block_dim,
-            self.context_len,
-        )
-        if min(sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
-        elif self.context_len % self.patch_len:
+        sizes = ("patch_len", "output_len", "d_model", "head_dim", "block_dim", "context_len")
+        problems += field_problems(self, *sizes)
+        if self.patch_len > 0 and self.context_len % self.patch_len:
             problems.append(
                 f"the context ({self.context_len}) must be whole patches ({self.patch_len})"
             )
@@ -98,16 +90,11 @@ class TimesFM1Config:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
         if any(not 0 < q < 1 for q in self.quantiles):
             problems.append(f"quantiles must lie between 0 and 1: {self.quantiles}")
-        if self.point not in ("median", "mean") or (
-            self.point == "median" and 0.5 not in self.quantiles
-        ):
-            problems.append(
-                f"point must be mean, or median with 0.5 among the quantiles: {self.point}"
-            )
+        if self.point == "median" and 0.5 not in self.quantiles:
+            problems.append(f"a median needs 0.5 among the quantiles: {self.quantiles}")
         if self.freq not in range(FREQS):
             problems.append(f"freq must be 0, 1 or 2, got {self.freq}")
-        if problems:
-            raise ValueError("TimesFM1Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -296,7 +283,7 @@ class Block(nn.Module):
     dims: LayerDims
 
     @nn.compact
-    def __call__(self, x_BND, padded_BN, seen_BHNS):
+    def __call__(self, x_BND, observed_BN, seen_BHNS):
         cfg, taps = self.cfg, {}
         y_BND = taps["attn_norm"] = RMSNorm(cfg.norm_eps, name="attn_norm")(x_BND)
         attention = Attention(cfg.d_model, self.dims.attn, name="attn")
@@ -306,32 +293,32 @@ class Block(nn.Module):
         ffn_dim = self.dims.ffn
         y_BND = nn.LayerNorm(epsilon=1e-6, name="ffn_norm")(x_BND)
         y_BND = feed_forward(y_BND, ffn_dim, "relu")
-        return x_BND + y_BND * (1 - padded_BN)[..., None].astype(y_BND.dtype), taps
+        # Padding keeps what attention made of it, as in the original.
+        return x_BND + y_BND * observed_BN[..., None].astype(y_BND.dtype), taps
 
 
 class TimesFM1Net(nn.Module):
-    """Scaled patches [B, N, P], 0 where padding is 1, padding [B, N, P] and class of frequency [B]
-    -> scaled outputs [B, N, O, 1 + Q], mean and quantiles (of the last patch alone: N is 1), and
-    the named steps between.
+    """Scaled patches [B, N, P], 0 where nothing is observed, which points are [B, N, P], and class
+    of frequency [B] -> scaled outputs [B, N, O, 1 + Q], mean and quantiles (of the last patch
+    alone: N is 1), and the named steps between.
     """
 
     cfg: TimesFM1Config
 
     @nn.compact
-    def __call__(self, z_BNP, padding_BNP, freq_B, last: bool = False):
+    def __call__(self, z_BNP, observed_BNP, freq_B, last: bool = False):
         cfg, taps = self.cfg, {}
-        n, padded_BN = z_BNP.shape[1], padding_BNP.min(-1)  # one observed point makes a patch
+        n, observed_BN = z_BNP.shape[1], observed_BNP.any(-1)  # one observed point makes a patch
         block = ResidualBlock(2 * cfg.patch_len, cfg.block_dim, cfg.d_model, name="embed")
-        x_BND = taps["embed"] = block(
-            jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1)
-        )
+        # The original's mask, which its weights are made for, is 1 where nothing is observed.
+        mask_BNP = (~observed_BNP).astype(z_BNP.dtype)
+        x_BND = taps["embed"] = block(jnp.concatenate([z_BNP, mask_BNP], axis=-1))
         if cfg.use_positional_embedding:
             table_ND = taps["positions"] = jnp.asarray(
                 halved_sinusoids(n, cfg.d_model), x_BND.dtype
             )
             # the first patch with a value has position 0; padded ones go round, and count from 1
             # where all are padded
-            observed_BN = padded_BN == 0
             first_B = jnp.where(observed_BN.any(1), jnp.argmax(observed_BN, axis=1), -1)
             x_BND = x_BND + table_ND[(jnp.arange(n)[None] - first_B[:, None]) % n]
         taps["placed"] = x_BND
@@ -342,12 +329,11 @@ class TimesFM1Net(nn.Module):
         x_BND = x_BND + freq_BD[:, None]
         causal_NS = jnp.tril(jnp.ones((n, n), bool))
         seen_BHNS = (
-            causal_NS[None, None]
-            & (padded_BN == 0)[:, None, None]
-            & (padded_BN == 0)[:, None, :, None]
+            causal_NS[None, None] & observed_BN[:, None, None] & observed_BN[:, None, :, None]
         )
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
-            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, padded_BN, seen_BHNS)
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, observed_BN, seen_BHNS)
             taps |= nested(f"layer_{i}", inner, x_BND)
         columns = 1 + len(cfg.quantiles)
         head = ResidualBlock(cfg.d_model, cfg.block_dim, cfg.output_len * columns, name="head")
@@ -363,8 +349,6 @@ class TimesFM1(Model):
 
     family = "timesfm_1"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-1.0-200m-pytorch, google/timesfm-2.0-500m-pytorch)"
     shard_rules = (
@@ -393,6 +377,10 @@ class TimesFM1(Model):
         )
 
     @property
+    def missing_in_front(self) -> bool:
+        return True
+
+    @property
     def horizon(self) -> int:
         return self.config.output_len
 
@@ -407,9 +395,9 @@ class TimesFM1(Model):
         """
         cfg = self.config
         patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
-        shapes = jax.eval_shape(
-            TimesFM1Net(cfg).init, key, patches, patches, jax.ShapeDtypeStruct((1,), jnp.int32)
-        )
+        observed = jax.ShapeDtypeStruct(patches.shape, bool)
+        freq = jax.ShapeDtypeStruct((1,), jnp.int32)
+        shapes = jax.eval_shape(TimesFM1Net(cfg).init, key, patches, observed, freq_B=freq)
         flat = flatten(shapes["params"])
 
         def rule(path, shape):
@@ -438,13 +426,13 @@ class TimesFM1(Model):
     # --- the network around its scaling, in rows [B, T]
 
     def apply(
-        self, params: Tree, x_BT: jax.Array, padding_BT=None, freq_B=None, last: bool = False
+        self, params: Tree, x_BT: jax.Array, observed_BT=None, freq_B=None, last: bool = False
     ):
         """One forward pass in the units of x: [B, N, O, 1 + Q], what follows each of the N = T / P
         patches, and the named steps.
 
-        padding: 1 where x is no value. freq: class of frequency, by default the config's. last: the
-        last patch only.
+        observed: booleans, False where x is no value. freq: class of frequency, by default the
+        config's. last: the last patch only.
         Raises: ValueError for T that is not whole patches.
         """
         cfg = self.config
@@ -454,38 +442,41 @@ class TimesFM1(Model):
                 f"TimesFM takes whole patches of {cfg.patch_len} time steps, got {t} steps"
             )
         x_BNP = x_BT.astype(jnp.float32).reshape(b, -1, cfg.patch_len)
-        padding_BT = jnp.zeros((b, t)) if padding_BT is None else padding_BT
-        padding_BNP = padding_BT.astype(jnp.float32).reshape(x_BNP.shape)
+        observed_BT = jnp.ones((b, t), bool) if observed_BT is None else observed_BT
+        observed_BNP = observed_BT.reshape(x_BNP.shape)
         freq_B = jnp.full(b, cfg.freq) if freq_B is None else freq_B
-        x_BNP = jnp.where(padding_BNP == 1, 0.0, x_BNP)
-        padding_BNP = jnp.where(x_BNP == jnp.float32(cfg.pad_val), 1.0, padding_BNP)
-        mean_B, std_B = self._scale(x_BNP, 1 - padding_BNP)
-        z_BNP = (x_BNP - mean_B[:, None, None]) / std_B[:, None, None] * (1 - padding_BNP)
-        y_BNOQ, taps = run_network(TimesFM1Net(cfg), params, z_BNP, padding_BNP, freq_B, last=last)
-        taps |= {"patches": z_BNP, "padded": padding_BNP.min(-1), "mean": mean_B, "std": std_B}
+        x_BNP = jnp.where(observed_BNP, x_BNP, 0.0)
+        observed_BNP = observed_BNP & (x_BNP != jnp.float32(cfg.pad_val))
+        weight_BNP = observed_BNP.astype(jnp.float32)
+        mean_B, std_B = self._scale(x_BNP, weight_BNP)
+        z_BNP = (x_BNP - mean_B[:, None, None]) / std_B[:, None, None] * weight_BNP
+        y_BNOQ, taps = run_network(
+            TimesFM1Net(cfg), params, z_BNP, observed_BNP=observed_BNP, freq_B=freq_B, last=last
+        )
+        taps |= {"patches": z_BNP, "observed": observed_BNP.any(-1), "mean": mean_B, "std": std_B}
         return y_BNOQ * std_B[:, None, None, None] + mean_B[:, None, None, None], taps
 
-    def _scale(self, x_BNP, observed_BNP):
+    def _scale(self, x_BNP, weight_BNP):
         """Mean and deviation [B] of the first patch with three observed values, or of the last
         patch.
         """
-        enough_BN = observed_BNP.sum(-1) >= 3
+        enough_BN = weight_BNP.sum(-1) >= 3
         first_B = jnp.where(enough_BN.any(1), jnp.argmax(enough_BN, axis=1), enough_BN.shape[1] - 1)
 
         def pick(y_BNP):
             return jnp.take_along_axis(y_BNP, first_B[:, None, None], axis=1)[:, 0]
 
-        x_BP, observed_BP = pick(x_BNP), pick(observed_BNP)
-        n_B = jnp.maximum(observed_BP.sum(-1), 1.0)
-        mean_B = (x_BP * observed_BP).sum(-1) / n_B
-        std_B = jnp.sqrt(jnp.square((x_BP - mean_B[:, None]) * observed_BP).sum(-1) / n_B)
+        x_BP, weight_BP = pick(x_BNP), pick(weight_BNP)
+        n_B = jnp.maximum(weight_BP.sum(-1), 1.0)
+        mean_B = (x_BP * weight_BP).sum(-1) / n_B
+        std_B = jnp.sqrt(jnp.square((x_BP - mean_B[:, None]) * weight_BP).sum(-1) / n_B)
         return jax.lax.stop_gradient((mean_B, jnp.maximum(std_B, self.config.min_scale)))
 
     def decode(
         self,
         params: Tree,
         x_BT: jax.Array,
-        padding_BT: jax.Array,
+        observed_BT: jax.Array,
         horizon: int,
         *,
         freq_B: jax.Array | None = None,
@@ -497,7 +488,7 @@ class TimesFM1(Model):
         read anew.
 
         Args:
-          x_BT, padding_BT: whole patches. step: time steps kept of each output, at most O (the
+          x_BT, observed_BT: whole patches. step: time steps kept of each output, at most O (the
             default).
           max_len: time steps of the window, whole patches; by default T.
           on_context: put before it what the patches but the last say of the patch after them (P
@@ -509,23 +500,22 @@ class TimesFM1(Model):
         # padding in front makes room, so that the window can be of one size
         room = min(max(max_len - t, 0), math.ceil((steps - 1) * step / p) * p)
         x_BT = jnp.pad(x_BT.astype(jnp.float32), ((0, 0), (room, 0)))[:, -max_len:]
-        padding_BT = jnp.pad(
-            padding_BT.astype(jnp.float32), ((0, 0), (room, 0)), constant_values=1.0
-        )[:, -max_len:]
+        observed_BT = jnp.pad(observed_BT, ((0, 0), (room, 0)))[:, -max_len:]
         window = x_BT.shape[1]
 
-        def advance(x_BT, padding_BT, y_BOQ):
+        def advance(x_BT, observed_BT, y_BOQ):
             x_BT = jnp.concatenate([x_BT, y_BOQ[..., 0]], axis=1)[:, -window:]
-            return x_BT, jnp.pad(padding_BT, ((0, 0), (0, step)))[:, -window:]
+            behind = ((0, 0), (0, step))
+            return x_BT, jnp.pad(observed_BT, behind, constant_values=True)[:, -window:]
 
         def again(carry, _):
-            x_BT, padding_BT = carry
-            y_BOQ = self.apply(params, x_BT, padding_BT, freq_B, last=True)[0][:, -1, :step]
-            return advance(x_BT, padding_BT, y_BOQ), y_BOQ
+            x_BT, observed_BT = carry
+            y_BOQ = self.apply(params, x_BT, observed_BT, freq_B=freq_B, last=True)[0][:, -1, :step]
+            return advance(x_BT, observed_BT, y_BOQ), y_BOQ
 
         outputs = []
         if on_context or steps == 1:
-            y_BNOQ, _ = self.apply(params, x_BT, padding_BT, freq_B, last=not on_context)
+            y_BNOQ, _ = self.apply(params, x_BT, observed_BT, freq_B=freq_B, last=not on_context)
             y_BOQ = y_BNOQ[:, -1, :step]
             outputs = (
                 [y_BNOQ[:, room // p : -1, :p].reshape(len(x_BT), -1, y_BOQ.shape[-1])]
@@ -533,10 +523,10 @@ class TimesFM1(Model):
                 else []
             )
             outputs.append(y_BOQ)
-            x_BT, padding_BT = advance(x_BT, padding_BT, y_BOQ)
+            x_BT, observed_BT = advance(x_BT, observed_BT, y_BOQ)
             steps -= 1
         if steps:
-            _, y_SBOQ = jax.lax.scan(again, (x_BT, padding_BT), length=steps)
+            _, y_SBOQ = jax.lax.scan(again, (x_BT, observed_BT), length=steps)
             outputs.append(jnp.moveaxis(y_SBOQ, 0, 1).reshape(len(x_BT), -1, y_SBOQ.shape[-1]))
         total = horizon + (outputs[0].shape[1] if on_context else 0)
         return jnp.concatenate(outputs, axis=1)[:, :total]
@@ -583,21 +573,21 @@ class TimesFM1(Model):
         # Whole patches of the newest steps.
         newest = min(newest or t, t)
         at_least = cfg.context_len if on_context else 0
-        x_BT, padding_BT = self._patches(x_BT[:, -newest:], begun_BT[:, -newest:], at_least)
+        x_BT, observed_BT = self._patches(x_BT[:, -newest:], begun_BT[:, -newest:], at_least)
         freq_B = None if freq is None else jnp.asarray(freq).reshape(b * c)
         if window:
             # The moving average and what is left of it are rows of their own.
             n = x_BT.shape[1]
             moved = [jnp.pad(x_BT, ((0, 0), (i, 0)))[:, :n] for i in range(window)]
-            smooth_BT = jnp.where(padding_BT == 1, 0.0, sum(moved[1:], moved[0]) / window)
+            smooth_BT = jnp.where(observed_BT, sum(moved[1:], moved[0]) / window, 0.0)
             x_BT = jnp.concatenate([smooth_BT, x_BT - smooth_BT])
-            padding_BT = jnp.concatenate([padding_BT] * 2)
+            observed_BT = jnp.concatenate([observed_BT] * 2)
             freq_B = None if freq_B is None else jnp.concatenate([freq_B] * 2)
 
         y_BHQ = self.decode(
             params,
             x_BT,
-            padding_BT,
+            observed_BT,
             horizon=horizon,
             freq_B=freq_B,
             max_len=cfg.context_len,
@@ -608,15 +598,15 @@ class TimesFM1(Model):
         return (y_BHQ * std_B1[..., None] + mean_B1[..., None]).reshape(b, c, *y_BHQ.shape[1:])
 
     def _patches(self, x_BT, begun_BT, at_least: int = 0):
-        """Cut to the context length, zeros in front up to whole patches: values and padding."""
+        """Cut to the context length, zeros in front up to whole patches: values, and what is
+        observed.
+        """
         cfg = self.config
         x_BT, begun_BT = x_BT[:, -cfg.context_len :], begun_BT[:, -cfg.context_len :]
         front = max(-x_BT.shape[1] % cfg.patch_len, at_least - x_BT.shape[1])
 
-        def pad(y_BT):
-            return jnp.pad(y_BT, ((0, 0), (front, 0)))
-
-        return pad(x_BT), 1.0 - pad(begun_BT.astype(jnp.float32))
+        room = ((0, 0), (front, 0))
+        return jnp.pad(x_BT, room), jnp.pad(begun_BT, room)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Rolled out in a window of at most `context_len` steps, as in the original: newest steps,

@@ -27,21 +27,21 @@ import jax.numpy as jnp
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
-from ltsm_jax.layers.initial import Constant, draw, torch_linear
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, head_width, layer_problems
+from ltsm_jax.layers.initial import draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.quantiles import pinball
+from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree, flatten
+from ltsm_jax.trees import Tree
 
-DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
 LOG2_E = 1.442695041  # as the original rounds it
 MIN_SCALE = 1e-6  # a smaller deviation does not divide
 UNSEEN = -1e30  # finite: a padded patch, which sees nothing, attends evenly to all
@@ -90,18 +90,10 @@ class TimesFM2p5Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (
-            self.patch_len,
-            self.output_len,
-            self.spread_len,
-            self.d_model,
-            self.head_dim,
-            self.embed_dim,
-        )
-        sizes += (self.point_dim, self.spread_dim, self.context_len, self.max_context)
-        if min(sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
-        elif self.output_len % self.patch_len:
+        lengths = ("patch_len", "output_len", "spread_len", "context_len", "max_context")
+        widths = ("d_model", "head_dim", "embed_dim", "point_dim", "spread_dim")
+        problems += field_problems(self, *lengths, *widths)
+        if self.patch_len > 0 and self.output_len % self.patch_len:
             problems.append(
                 f"an output ({self.output_len}) must be whole patches ({self.patch_len})"
             )
@@ -114,8 +106,7 @@ class TimesFM2p5Config:
                 f"point_column must be one of {1 + len(self.quantiles)} columns, got "
                 f"{self.point_column}"
             )
-        if problems:
-            raise ValueError("TimesFM2p5Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(cls, patch_len, output_len, spread_len, d_model, d_ff, layers, heads, head_dim, **rest):
@@ -141,17 +132,13 @@ class TimesFM2p5Config:
         """
         if "stacked_transformers" not in fields:
             return cls._from_transformers(fields)
-        _need(
-            fields,
-            "input_patch_len output_patch_len output_quantile_len tokenizer "
-            "output_projection_point",
-        )
-        _need(fields, "output_projection_quantiles")
+        names = ("input_patch_len", "output_patch_len", "output_quantile_len", "tokenizer")
+        names += ("output_projection_point", "output_projection_quantiles")
+        inner = ("num_layers", "transformer")
+        require_fields("TimesFM 2.5", fields, names, stacked_transformers=inner)
         stack = fields["stacked_transformers"]
-        layer = _need(stack, "num_layers transformer")["transformer"]
-        _need(layer, "model_dims hidden_dims num_heads")
-        if layer["model_dims"] % layer["num_heads"]:
-            raise ValueError(f"model_dims ({layer['model_dims']}) must be a multiple of num_heads")
+        layer = stack["transformer"]
+        require_fields("TimesFM 2.5", layer, ("model_dims", "hidden_dims", "num_heads"))
         rest = {ours: fields[theirs] for theirs, ours in _RENAMED.items() if theirs in fields}
         return cls.of(
             patch_len=fields["input_patch_len"],
@@ -161,7 +148,7 @@ class TimesFM2p5Config:
             d_ff=layer["hidden_dims"],
             layers=stack["num_layers"],
             heads=layer["num_heads"],
-            head_dim=layer["model_dims"] // layer["num_heads"],
+            head_dim=head_width(layer["model_dims"], layer["num_heads"]),
             embed_dim=fields["tokenizer"]["hidden_dims"],
             point_dim=fields["output_projection_point"]["hidden_dims"],
             spread_dim=fields["output_projection_quantiles"]["hidden_dims"],
@@ -170,18 +157,14 @@ class TimesFM2p5Config:
 
     @classmethod
     def _from_transformers(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
-        names = (
-            "patch_length horizon_length output_quantile_len hidden_size intermediate_size "
-            "num_hidden_layers"
-        )
-        names += " num_attention_heads head_dim"
-        _need(fields, names)
+        names = ("patch_length", "horizon_length", "output_quantile_len", "hidden_size")
+        names += ("intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+        require_fields("TimesFM 2.5", fields, names)
         renamed = _RENAMED | {"context_length": "max_context", "rms_norm_eps": "norm_eps"}
-        renamed |= {
-            name: name for name in ("use_continuous_quantile_head", "force_flip_invariance")
-        }
+        for name in ("use_continuous_quantile_head", "force_flip_invariance"):
+            renamed[name] = name
         rest = {ours: fields[theirs] for theirs, ours in renamed.items() if theirs in fields}
-        sizes: Any = [fields[name] for name in names.split()]
+        sizes: Any = [fields[name] for name in names]
         return cls.of(*sizes, **cls._options(rest))
 
     @classmethod
@@ -195,13 +178,6 @@ _RENAMED = {
     "quantiles": "quantiles",
     "decode_index": "point_column",
 }
-
-
-def _need(fields: Mapping[str, Any], names: str) -> Mapping[str, Any]:
-    missing = [name for name in names.split() if name not in fields]
-    if missing:
-        raise ValueError(f"the config of a TimesFM 2.5 checkpoint lacks {', '.join(missing)}")
-    return fields
 
 
 # from TimesFM_2p5_200M_Definition in the original; the config.json of its checkpoint names no sizes
@@ -275,7 +251,7 @@ class Block(nn.Module):
 
         attention = Attention(cfg, self.dims.attn, name="attn")
         y_BND, cache, inner = attention(
-            norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start
+            norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache=cache, start=start
         )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + norm("post_attn_norm", y_BND)
@@ -285,9 +261,9 @@ class Block(nn.Module):
 
 
 class TimesFM2p5Net(nn.Module):
-    """Scaled patches [B, N, P] and which points are padding [B, N, P] -> scaled outputs [B, N, O, 1
-    + Q] and spreads [B, N, spread_len, 1 + Q] (of the last patch alone: N is 1), the caches of all
-    layers, the named steps between.
+    """Scaled patches [B, N, P] and which points are observed [B, N, P] -> scaled outputs [B, N, O,
+    1 + Q] and spreads [B, N, spread_len, 1 + Q] (of the last patch alone: N is 1), the caches of
+    all layers, the named steps between.
 
     padded_B: how many patches in front are padding. caches: of the `start` patches that came
     before.
@@ -299,7 +275,7 @@ class TimesFM2p5Net(nn.Module):
     def __call__(
         self,
         z_BNP,
-        padding_BNP,
+        observed_BNP,
         padded_B,
         caches: list[Cache] | None = None,
         start=0,
@@ -309,17 +285,18 @@ class TimesFM2p5Net(nn.Module):
         n = z_BNP.shape[1]
         s = caches[0][0].shape[2] if caches else n
         embed = ResidualBlock(2 * cfg.patch_len, cfg.embed_dim, cfg.d_model, name="embed")
-        x_BND = taps["embed"] = embed(
-            jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1)
-        )
+        # The original's mask, which its weights are made for, is 1 where nothing is observed.
+        mask_BNP = (~observed_BNP).astype(z_BNP.dtype)
+        x_BND = taps["embed"] = embed(jnp.concatenate([z_BNP, mask_BNP], axis=-1))
         place_N = start + jnp.arange(n)
         seen_BHNS = (jnp.arange(s)[None] <= place_N[:, None])[None, None]
         seen_BHNS = seen_BHNS & (jnp.arange(s)[None] >= padded_B[:, None])[:, None, None]
         positions_BN = place_N[None] - padded_B[:, None]
-        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+        # A loop and no scan: pruned layers differ in width.
+        for i, dims in enumerate(cfg.layers):
             block = Block(cfg, dims, name=f"layer_{i}")
             x_BND, cache, inner = block(
-                x_BND, positions_BN, seen_BHNS, caches[i] if caches else None, start
+                x_BND, positions_BN, seen_BHNS, cache=caches[i] if caches else None, start=start
             )
             kept.append(cache)
             taps |= nested(f"layer_{i}", inner, x_BND)
@@ -340,14 +317,14 @@ class TimesFM2p5Net(nn.Module):
         return y_BNOQ, w_BN_.reshape(*w_BN_.shape[:2], cfg.spread_len, columns), kept, taps
 
 
-def running_stats(x_BNP: jax.Array, padding_BNP: jax.Array, before: Stats | None = None) -> Stats:
-    """Statistics [B, N] of all values up to the end of each patch, padding left out, on top of
-    those `before` [B].
+def running_stats(x_BNP: jax.Array, observed_BNP: jax.Array, before: Stats | None = None) -> Stats:
+    """Statistics [B, N] of all observed values up to the end of each patch, on top of those
+    `before` [B].
     """
-    observed_BNP = 1.0 - padding_BNP
-    n_BN = observed_BNP.sum(-1)
-    mean_BN = (x_BNP * observed_BNP).sum(-1) / jnp.maximum(n_BN, 1.0)
-    squares_BN = (jnp.square(x_BNP - mean_BN[..., None]) * observed_BNP).sum(-1)
+    weight_BNP = observed_BNP.astype(jnp.float32)
+    n_BN = weight_BNP.sum(-1)
+    mean_BN = (x_BNP * weight_BNP).sum(-1) / jnp.maximum(n_BN, 1.0)
+    squares_BN = (jnp.square(x_BNP - mean_BN[..., None]) * weight_BNP).sum(-1)
     found = jax.lax.associative_scan(merged, (n_BN, mean_BN, squares_BN), axis=1)
     if before is None:
         return found
@@ -395,8 +372,7 @@ class TimesFM2p5(Model):
 
     family = "timesfm_2p5"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^(head|spread_head)/"
+    heads = ("head", "spread_head")
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-2.5-200m-pytorch)"
     shard_rules = (
@@ -424,6 +400,10 @@ class TimesFM2p5(Model):
         )
 
     @property
+    def missing_in_front(self) -> bool:
+        return True
+
+    @property
     def horizon(self) -> int:
         return self.config.output_len
 
@@ -437,14 +417,10 @@ class TimesFM2p5(Model):
         """
         cfg = self.config
         patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
+        observed = jax.ShapeDtypeStruct(patches.shape, bool)
         none = jax.ShapeDtypeStruct((1,), jnp.int32)
-        shapes = jax.eval_shape(TimesFM2p5Net(cfg).init, key, patches, patches, none)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, shape):
-            return torch_linear(flat, path) or Constant(0.0)
-
-        return draw(key, shapes, rule)
+        shapes = jax.eval_shape(TimesFM2p5Net(cfg).init, key, patches, observed, none)["params"]
+        return draw(key, shapes, torch_rule(shapes, scale=0.0))
 
     def recipe(self) -> Recipe:
         source = "google-research/timesfm timesfm-forecasting/examples/finetuning/finetune_lora.py"
@@ -462,49 +438,55 @@ class TimesFM2p5(Model):
     # --- the network, and around its running scale, in rows [B, T]
 
     def network(
-        self, params: Tree, z_BNP, padding_BNP, caches=None, start=0, padded_B=None, last=False
+        self, params: Tree, z_BNP, observed_BNP, caches=None, start=0, padded_B=None, last=False
     ):
         """`TimesFM2p5Net` with these parameters. A patch counts as padding where its last
-        point is.
+        point is not observed.
         """
-        padding_BNP = padding_BNP.astype(jnp.float32)
-        padded_B = (padding_BNP[..., -1] > 0).sum(1) if padded_B is None else padded_B
+        padded_B = (~observed_BNP[..., -1]).sum(1) if padded_B is None else padded_B
         net = TimesFM2p5Net(self.config)
-        return run_network(net, params, z_BNP, padding_BNP, padded_B, caches, start, last)
+        return run_network(
+            net, params, z_BNP, observed_BNP, padded_B, caches=caches, start=start, last=last
+        )
 
-    def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, last: bool = False):
+    def apply(self, params: Tree, x_BT: jax.Array, observed_BT=None, last: bool = False):
         """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N,
-        spread_len, 1 + Q] after each of the N = T / P patches, and the named steps. padding: 1
-        where x is no value, in front only.
+        spread_len, 1 + Q] after each of the N = T / P patches, and the named steps. observed:
+        booleans, False where x is no value, in front only.
 
         Raises: ValueError for T that is not whole patches.
         """
-        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, padding_BT, last=last)
+        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, observed_BT, last=last)
         return y_BNOQ, w_BNSQ, taps
 
-    def _prefill(self, params: Tree, x_BT, padding_BT, last: bool):
+    def _prefill(self, params: Tree, x_BT, observed_BT, last: bool):
         p, (b, t) = self.config.patch_len, x_BT.shape
         if t % p or not t:
             raise ValueError(f"TimesFM takes whole patches of {p} time steps, got {t} steps")
-        padding_BT = jnp.zeros((b, t)) if padding_BT is None else padding_BT
-        padding_BNP = padding_BT.astype(jnp.float32).reshape(b, -1, p)
-        x_BNP = jnp.where(padding_BNP == 1, 0.0, x_BT.astype(jnp.float32).reshape(b, -1, p))
-        stats = running_stats(x_BNP, padding_BNP)
+        observed_BT = jnp.ones((b, t), bool) if observed_BT is None else observed_BT
+        observed_BNP = observed_BT.reshape(b, -1, p)
+        x_BNP = jnp.where(observed_BNP, x_BT.astype(jnp.float32).reshape(b, -1, p), 0.0)
+        stats = running_stats(x_BNP, observed_BNP)
         mean_BN, std_BN = mean_and_deviation(stats)
-        z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN=std_BN)
-        y_BNOQ, w_BNSQ, caches, taps = self.network(params, z_BNP, padding_BNP, last=last)
+        z_BNP = self._scaled(x_BNP, observed_BNP, mean_BN, std_BN=std_BN)
+        y_BNOQ, w_BNSQ, caches, taps = self.network(params, z_BNP, observed_BNP, last=last)
         taps |= {"mean": mean_BN, "std": std_BN}
         keep = slice(-1, None) if last else slice(None)
         scale, shift = std_BN[:, keep, None, None], mean_BN[:, keep, None, None]
-        padded_B = (padding_BNP[..., -1] > 0).sum(1)
+        padded_B = (~observed_BNP[..., -1]).sum(1)
         return y_BNOQ * scale + shift, w_BNSQ * scale + shift, caches, stats, padded_B, taps
 
-    def _scaled(self, x_BNP, padding_BNP, mean_BN, std_BN):
+    def _scaled(self, x_BNP, observed_BNP, mean_BN, std_BN):
         std_BN = jnp.where(std_BN < MIN_SCALE, 1.0, std_BN)
-        return jnp.where(padding_BNP == 1, 0.0, (x_BNP - mean_BN[..., None]) / std_BN[..., None])
+        return jnp.where(observed_BNP, (x_BNP - mean_BN[..., None]) / std_BN[..., None], 0.0)
 
     def decode(
-        self, params: Tree, x_BT: jax.Array, padding_BT: jax.Array, horizon: int, last: bool = False
+        self,
+        params: Tree,
+        x_BT: jax.Array,
+        observed_BT: jax.Array,
+        horizon: int,
+        last: bool = False,
     ):
         """The original's roll-out: the point column goes back in as O / P patches, and the last of
         them speaks.
@@ -517,7 +499,7 @@ class TimesFM2p5(Model):
         """
         cfg = self.config
         y_BNOQ, w_BNSQ, caches, stats, padded_B, taps = self._prefill(
-            params, x_BT, padding_BT, last=last
+            params, x_BT, observed_BT, last=last
         )
         b, m = x_BT.shape[0], cfg.output_len // cfg.patch_len
         steps = (horizon - 1) // cfg.output_len
@@ -531,12 +513,18 @@ class TimesFM2p5(Model):
         def again(carry, _):
             caches, before, points_BO, start = carry
             x_BNP = points_BO.reshape(b, m, cfg.patch_len)
-            padding_BNP = jnp.zeros_like(x_BNP)
-            stats = running_stats(x_BNP, padding_BNP, before)
+            observed_BNP = jnp.ones_like(x_BNP, bool)
+            stats = running_stats(x_BNP, observed_BNP, before)
             mean_BN, std_BN = mean_and_deviation(stats)
-            z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN=std_BN)
+            z_BNP = self._scaled(x_BNP, observed_BNP, mean_BN, std_BN=std_BN)
             y_BNOQ, _, caches, _ = self.network(
-                params, z_BNP, padding_BNP, caches=caches, start=start, padded_B=padded_B, last=True
+                params,
+                z_BNP,
+                observed_BNP,
+                caches=caches,
+                start=start,
+                padded_B=padded_B,
+                last=True,
             )
             y_BOQ = y_BNOQ[:, 0] * std_BN[:, -1, None, None] + mean_BN[:, -1, None, None]
             before = tuple(y[:, -1] for y in stats)
@@ -568,14 +556,13 @@ class TimesFM2p5(Model):
         if cfg.normalize_inputs:
             mean_B1, std_B1 = unbiased_scale(x_BT, begun_BT)
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
-        padding_BT = 1.0 - begun_BT
         if cfg.force_flip_invariance:
             # The series turned over are rows of their own, in the same pass.
             x_BT = jnp.concatenate([x_BT, -x_BT])
-            padding_BT = jnp.concatenate([padding_BT, padding_BT])
+            begun_BT = jnp.concatenate([begun_BT, begun_BT])
 
         y_BNOQ, w_BSQ, more_BNOQ, _ = self.decode(
-            params, x_BT, padding_BT, horizon=horizon, last=not backcast
+            params, x_BT, begun_BT, horizon=horizon, last=not backcast
         )
         rows, columns = len(x_BT), y_BNOQ.shape[-1]
         more_BHQ = more_BNOQ.reshape(rows, -1, columns)

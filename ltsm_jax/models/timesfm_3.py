@@ -33,19 +33,27 @@ import numpy as np
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import HeadDims, attention_dims, layer_problems
-from ltsm_jax.layers.initial import Constant, draw, torch_linear
+from ltsm_jax.layers.dims import HeadDims, attention_dims, head_width, layer_problems
+from ltsm_jax.layers.initial import draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.quantiles import pinball
+from ltsm_jax.layers.quantiles import DECILES, level_problems, pinball
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import (
+    COVARIATES,
+    Batch,
+    Forecast,
+    Lora,
+    Model,
+    Recipe,
+    windows_that_fit,
+)
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.timesfm_2p5 import (
-    DECILES,
     LOG2_E,
     MIN_SCALE,
     UNSEEN,
@@ -53,10 +61,9 @@ from ltsm_jax.models.timesfm_2p5 import (
     running_stats,
     unbiased_scale,
 )
-from ltsm_jax.trees import Tree, flatten
+from ltsm_jax.trees import Tree
 
 EPS = 1.1920929e-07  # of float32, which is what PyTorch's RMSNorm takes by default
-MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
 
 Activation = Literal["relu", "swish", "none"]
@@ -135,19 +142,14 @@ class TimesFM3Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (self.patch_len, self.output_len, self.d_model, self.head_dim, self.embed_dim)
-        sizes += (self.context_len, self.max_context, self.max_variates)
-        if min(sizes) < 1:
-            problems.append(f"every size must be positive: {self}")
-        elif self.output_len % self.patch_len:
+        problems += level_problems(self.quantiles)
+        sizes = ("patch_len", "output_len", "d_model", "head_dim", "embed_dim", "context_len")
+        problems += field_problems(self, *sizes, "max_context", "max_variates")
+        if self.patch_len > 0 and self.output_len % self.patch_len:
             sizes = f"{self.output_len} of {self.patch_len}"
             problems.append(f"an output must be whole patches, got {sizes}")
         if self.head_dim % 2 and (self.rope_seq or self.rope_var):
             problems.append(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if not self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
-            problems.append(f"quantiles must rise, got {self.quantiles}")
-        elif not 0 < self.quantiles[0] <= self.quantiles[-1] < 1:
-            problems.append(f"quantiles must lie between 0 and 1: {self.quantiles}")
         if not self.value_clip > 0:
             problems.append(f"value_clip must be positive, got {self.value_clip}")
         if not self.detrend_threshold >= 0:
@@ -157,8 +159,7 @@ class TimesFM3Config:
         narrow = [name for name, dims in attention_dims(self.layers) if dims.value != self.head_dim]
         if self.value_norm and narrow:
             problems.append(f"value_norm is over whole values, not those of {', '.join(narrow)}")
-        if problems:
-            raise ValueError("TimesFM3Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @property
     def ahead(self) -> int:
@@ -173,12 +174,11 @@ class TimesFM3Config:
     @classmethod
     def of(cls, patch_len, output_len, d_model, d_ff, layers, heads, **rest) -> "TimesFM3Config":
         """Equal layers, with heads as wide together as the model."""
-        if d_model % heads:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of the heads ({heads})")
         rest = {"embed_dim": d_model} | rest
-        attention = HeadDims.of(heads, d_model // heads)
+        head_dim = head_width(d_model, heads)
+        attention = HeadDims.of(heads, head_dim)
         equal = (TimesFM3Layer(attention, attention, d_ff),) * layers
-        return cls(patch_len, output_len, d_model, d_model // heads, equal, **rest)
+        return cls(patch_len, output_len, d_model, head_dim=head_dim, layers=equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM3Config":
@@ -186,15 +186,17 @@ class TimesFM3Config:
 
         Raises: ValueError naming the fields that are missing.
         """
-        top = "input_patch_len output_patch_len quantiles residual_block_config transformer_config"
-        _need(fields, top, "")
-        block = fields["residual_block_config"]
-        _need(block, "hidden_dims use_bias activation", "residual_block_config.")
-        stack = fields["transformer_config"]
-        _need(stack, "num_layers transformer", "transformer_config.")
+        require_fields(
+            "TimesFM 3",
+            fields,
+            ("input_patch_len", "output_patch_len", "quantiles"),
+            residual_block_config=("hidden_dims", "use_bias", "activation"),
+            transformer_config=("num_layers", "transformer"),
+        )
+        block, stack = fields["residual_block_config"], fields["transformer_config"]
         layer = stack["transformer"]
-        names = "model_dims hidden_dims num_heads qk_norm use_bias use_rope_seq use_rope_var"
-        _need(layer, names + " ff_activation", "transformer_config.transformer.")
+        names = ("model_dims", "hidden_dims", "num_heads", "ff_activation", "qk_norm")
+        require_fields("TimesFM 3", layer, (*names, "use_bias", "use_rope_seq", "use_rope_var"))
 
         options = {ours: fields[theirs] for theirs, ours in OPTIONS.items() if theirs in fields}
         return cls.of(
@@ -231,12 +233,6 @@ OPTIONS = {  # the published name of a field of its own, ours
     "use_iterative_cpm_revin": "refine",
     "use_frozen_running_stats": "frozen_stats",
 }
-
-
-def _need(fields: Mapping[str, Any], names: str, where: str) -> None:
-    missing = [where + name for name in names.split() if name not in fields]
-    if missing:
-        raise ValueError(f"the config of a TimesFM 3 checkpoint lacks {', '.join(missing)}")
 
 
 # Sizes of the published config.json: 330,710,976 parameters.
@@ -391,7 +387,7 @@ def root(x: jax.Array) -> jax.Array:
 def refine(
     stats: tuple[jax.Array, jax.Array, jax.Array],
     median_BCNO: jax.Array,
-    hidden_BN: jax.Array,
+    shown_BN: jax.Array,
     patch_len: int,
     clip: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -404,7 +400,7 @@ def refine(
     Args:
       stats: number, mean and deviation [B, C, N] of the values up to the end of each patch.
       median_BCNO: scaled median after each patch.
-      hidden_BN: patches that are to be forecast.
+      shown_BN: booleans, False for the hidden patches, which are to be forecast.
       clip: largest absolute value of a median.
     Returns: mean and deviation [B, C, N]; those of `stats` where nothing is hidden.
     """
@@ -414,7 +410,7 @@ def refine(
 
     def step(carry, inputs):
         state, forecast_BCMP, k_B = carry
-        seen, median_BCO, hidden_B = inputs
+        seen, median_BCO, shown_B = inputs
         mean, std = seen[1:]
         index = jnp.broadcast_to(k_B[:, None, None, None], (b, c, 1, patch_len))
         points_BCP = jnp.take_along_axis(forecast_BCMP, index, axis=2)[:, :, 0]
@@ -424,10 +420,11 @@ def refine(
         before = (state[0], state[1], state[0] * jnp.square(state[2]))
         total, centre, squares = merged(before, (count_BC1, centre_BC, squares_BC))
         grown = (total, centre, root(squares / jnp.maximum(total, 1.0)))
-        hide = hidden_B[:, None]
-        state = tuple(jnp.where(hide, new, old) for new, old in zip(grown, seen, strict=True))
+        shown = shown_B[:, None]
+        state = tuple(jnp.where(shown, old, new) for new, old in zip(grown, seen, strict=True))
 
-        k_B = jnp.where(hidden_B, (k_B + 1) % ahead, 0)
+        # Which of the M patches of the last forecast comes next; 0 asks for a forecast anew.
+        k_B = jnp.where(shown_B, 0, (k_B + 1) % ahead)
         mean, std = state[1:]
         fresh = jnp.clip(median_BCO * std[..., None] + mean[..., None], -clip, clip)
         fresh = fresh.reshape(b, c, ahead, patch_len)
@@ -438,7 +435,7 @@ def refine(
     start = (nothing, nothing, nothing)
     carry = (start, jnp.zeros((b, c, ahead, patch_len)), jnp.zeros(b, jnp.int32))
     by_patch = [jnp.moveaxis(x, 2, 0) for x in stats]
-    inputs = (tuple(by_patch), jnp.moveaxis(median_BCNO, 2, 0), jnp.moveaxis(hidden_BN, 1, 0))
+    inputs = (tuple(by_patch), jnp.moveaxis(median_BCNO, 2, 0), jnp.moveaxis(shown_BN, 1, 0))
     _, (mean, std) = jax.lax.scan(step, carry, inputs)
     return jnp.moveaxis(mean, 0, 2), jnp.moveaxis(std, 0, 2)
 
@@ -459,7 +456,7 @@ class Trend:
         return jnp.where(self.used[..., None], line, 0.0)
 
 
-def fit_trend(x_BCT: jax.Array, missing_BCT: jax.Array, threshold: float) -> Trend:
+def fit_trend(x_BCT: jax.Array, observed_BCT: jax.Array, threshold: float) -> Trend:
     """Fit a line to what is observed, by least squares.
 
     It is used where the deviation of what is left is below `threshold` times that of the series.
@@ -467,15 +464,14 @@ def fit_trend(x_BCT: jax.Array, missing_BCT: jax.Array, threshold: float) -> Tre
     their mean, which is the same but for rounding: a large offset or a constant cannot tip it.
     """
     t = x_BCT.shape[-1]
-    observed = ~missing_BCT
-    n = jnp.maximum(observed.sum(-1, keepdims=True), 1)
+    n = jnp.maximum(observed_BCT.sum(-1, keepdims=True), 1)
 
     def mean(y_BCT):
-        return jnp.where(observed, y_BCT, 0.0).sum(-1, keepdims=True) / n
+        return jnp.where(observed_BCT, y_BCT, 0.0).sum(-1, keepdims=True) / n
 
     time = jnp.broadcast_to(((jnp.arange(t) - (t - 1)) / t).reshape(1, 1, t), x_BCT.shape)
-    first = jnp.argmax(observed, axis=-1, keepdims=True)
-    known = observed.any(-1, keepdims=True)
+    first = jnp.argmax(observed_BCT, axis=-1, keepdims=True)
+    known = observed_BCT.any(-1, keepdims=True)
     reference = jnp.where(known, jnp.take_along_axis(x_BCT, first, axis=-1), 0.0)
     gap = x_BCT - reference
     middle, centre = mean(time), mean(gap)
@@ -513,9 +509,6 @@ class TimesFM3(Model):
 
     family = "timesfm_3"
     published = PRESETS
-    covariates = frozenset({"past", "known"})
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "timesfm-non-commercial-license-v1.0, non-commercial (google/timesfm-3.0-pytorch)"
     shard_rules = (
@@ -538,6 +531,14 @@ class TimesFM3(Model):
         )
 
     @property
+    def covariates(self) -> frozenset[str]:
+        return COVARIATES
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
+
+    @property
     def variates(self) -> Literal["independent", "joint"]:
         return "joint" if self.config.variate_attention else "independent"
 
@@ -553,7 +554,7 @@ class TimesFM3(Model):
         tokens = -(-cfg.context_len // cfg.patch_len) + cfg.ahead
         widest = max(max(dims.ffn, dims.seq.heads * tokens) for dims in cfg.layers)
         row = 40 * tokens * max(widest, cfg.d_model)
-        return 1 << max(int(math.log2(MEMORY / row)), 0)
+        return windows_that_fit(row)
 
     def init(self, key: jax.Array) -> Tree:
         """PyTorch's defaults, which are all that the original has: linear layers uniform by their
@@ -564,12 +565,7 @@ class TimesFM3(Model):
         seen = jax.ShapeDtypeStruct((1, 1, 1), jnp.bool_)
         positions = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         shapes = jax.eval_shape(TimesFM3Net(cfg).init, key, tokens, seen, positions)["params"]
-        flat = flatten(shapes)
-
-        def rule(path, shape):
-            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
-
-        return draw(key, shapes, rule)
+        return draw(key, shapes, torch_rule(shapes))
 
     def recipe(self) -> Recipe:
         source = (
@@ -601,9 +597,9 @@ class TimesFM3(Model):
         self,
         params: Tree,
         x_BCNP: jax.Array,
-        missing_BCNP: jax.Array,
+        observed_BCNP: jax.Array,
         is_target_BCN: jax.Array,
-        hidden_BN: jax.Array | None = None,
+        shown_BN: jax.Array | None = None,
         *,
         freeze_after: int | None = None,
         begin_B: jax.Array | None = None,
@@ -614,10 +610,11 @@ class TimesFM3(Model):
         patch from `first` on, and the named steps.
 
         Args:
-          x_BCNP: patches of all variates; a NaN that is not missing counts as 0.
-          missing_BCNP: booleans, True where x is no value.
+          x_BCNP: patches of all variates; a NaN that is observed counts as 0.
+          observed_BCNP: booleans, False where x is no value.
           is_target_BCN: booleans, True where the patches that follow must not be shown.
-          hidden_BN: booleans, patches of targets that are hidden and forecast.
+          shown_BN: booleans, False for patches of targets that are hidden and forecast; None: all
+            are shown.
           freeze_after: patch after which mean and deviation stay as they are.
           begin_B: patches in front that do not exist: nothing sees them, and places are counted
             from here.
@@ -629,15 +626,15 @@ class TimesFM3(Model):
         x_BCNP = jnp.clip(jnp.where(jnp.isnan(x_BCNP), 0.0, x_BCNP), -clip, clip)
 
         # The scale, before anything is hidden: what is known of covariates counts.
-        n_BCN, mean_BCN, std_BCN = self._scale(x_BCNP, missing_BCNP, freeze_after)
-        if hidden_BN is not None:
-            missing_BCNP = missing_BCNP | (hidden_BN[:, None] & is_target_BCN)[..., None]
-        tokens, empty_BCN = self._tokens(
-            x_BCNP, missing_BCNP, is_target_BCN, mean_BCN=mean_BCN, std_BCN=std_BCN
+        n_BCN, mean_BCN, std_BCN = self._scale(x_BCNP, observed_BCNP, freeze_after)
+        if shown_BN is not None:
+            observed_BCNP = observed_BCNP & (shown_BN[:, None] | ~is_target_BCN)[..., None]
+        tokens, filled_BCN = self._tokens(
+            x_BCNP, observed_BCNP, is_target_BCN, mean_BCN=mean_BCN, std_BCN=std_BCN
         )
 
         # Patches in front that hold nothing are not seen; later ones are, empty or not.
-        seen_BCN = jax.lax.cummax((~empty_BCN).astype(jnp.int32), axis=2) > 0
+        seen_BCN = jax.lax.cummax(filled_BCN.astype(jnp.int32), axis=2) > 0
         positions_BN = jnp.broadcast_to(jnp.arange(n)[None], (b, n))
         if begin_B is not None:
             positions_BN = positions_BN - begin_B[:, None]
@@ -652,22 +649,22 @@ class TimesFM3(Model):
         # Back into the units of x, by the scale of each patch that is asked for.
         asked = slice(first, stop)
         mean, std = mean_BCN[:, :, asked], std_BCN[:, :, asked]
-        if cfg.refine and hidden_BN is not None:
+        if cfg.refine and shown_BN is not None:
             stats = (n_BCN[:, :, asked], mean, std)
             median = raw_BCNOQ[..., cfg.point_column]
-            mean, std = refine(stats, median, hidden_BN[:, asked], patch_len=p, clip=clip)
+            mean, std = refine(stats, median, shown_BN[:, asked], patch_len=p, clip=clip)
             taps |= {"refined_mean": mean, "refined_std": std}
         y_BCNOQ = raw_BCNOQ * std[..., None, None] + mean[..., None, None]
         return jnp.clip(y_BCNOQ, -clip, clip), taps
 
-    def _scale(self, x_BCNP, missing_BCNP, freeze_after: int | None) -> tuple[jax.Array, ...]:
-        """Number, mean and deviation [B, C, N] of all values up to the end of each patch.
+    def _scale(self, x_BCNP, observed_BCNP, freeze_after: int | None) -> tuple[jax.Array, ...]:
+        """Number, mean and deviation [B, C, N] of all observed values up to the end of each patch.
 
         freeze_after: patch after which mean and deviation stay as they are; None: they never do.
         """
         b, c, n, p = x_BCNP.shape
         rows = (b * c, n, p)
-        found = running_stats(x_BCNP.reshape(rows), missing_BCNP.reshape(rows).astype(jnp.float32))
+        found = running_stats(x_BCNP.reshape(rows), observed_BCNP.reshape(rows))
         n_BCN, mean_BCN, squares_BCN = (y.reshape(b, c, n) for y in found)
         std_BCN = jnp.sqrt(squares_BCN / jnp.maximum(n_BCN, 1.0))
         if freeze_after is not None:
@@ -675,36 +672,37 @@ class TimesFM3(Model):
             mean_BCN, std_BCN = mean_BCN[..., kept_N], std_BCN[..., kept_N]
         return n_BCN, mean_BCN, std_BCN
 
-    def _tokens(self, x_BCNP, missing_BCNP, is_target_BCN, mean_BCN, std_BCN):
+    def _tokens(self, x_BCNP, observed_BCNP, is_target_BCN, mean_BCN, std_BCN):
         """Tokens [B, C, N, 2 (P + O)]: the patch itself, what is shown of its future, and both
-        masks; and which of them hold nothing [B, C, N].
+        masks; and which of them hold anything [B, C, N].
         """
         future_BCNO = self._following(x_BCNP, 0.0)
-        unknown_BCNO = self._following(missing_BCNP, True) | is_target_BCN[..., None]
+        known_BCNO = self._following(observed_BCNP, False) & ~is_target_BCN[..., None]
         shift = mean_BCN[..., None]
         scale = jnp.where(std_BCN < MIN_SCALE, 1.0, std_BCN)[..., None]
-        own = jnp.where(missing_BCNP, 0.0, (x_BCNP - shift) / scale)
-        future = jnp.where(unknown_BCNO, 0.0, (future_BCNO - shift) / scale)
-        masks = [missing_BCNP.astype(jnp.float32), unknown_BCNO.astype(jnp.float32)]
+        own = jnp.where(observed_BCNP, (x_BCNP - shift) / scale, 0.0)
+        future = jnp.where(known_BCNO, (future_BCNO - shift) / scale, 0.0)
+        # The original's masks, which its weights are made for, are 1 where there is no value.
+        masks = [(~observed_BCNP).astype(jnp.float32), (~known_BCNO).astype(jnp.float32)]
         tokens = jnp.concatenate([own, future, *masks], axis=-1)
-        return tokens, missing_BCNP.all(-1) & unknown_BCNO.all(-1)
+        return tokens, observed_BCNP.any(-1) | known_BCNO.any(-1)
 
     def patch_loss(
         self,
         params: Tree,
         x_BCNP: jax.Array,
-        missing_BCNP: jax.Array,
+        observed_BCNP: jax.Array,
         is_target_BCN: jax.Array,
-        hidden_BN: jax.Array | None = None,
+        shown_BN: jax.Array | None = None,
     ) -> jax.Array:
         """The loss of a pass over whole patches, in the units of x, as for training from scratch:
         each patch of a target forecasts the observed points among the O that follow it."""
         y_BCNOQ, _ = self.apply(
-            params, x_BCNP, missing_BCNP, is_target_BCN=is_target_BCN, hidden_BN=hidden_BN
+            params, x_BCNP, observed_BCNP, is_target_BCN=is_target_BCN, shown_BN=shown_BN
         )
-        target = jnp.where(jnp.isnan(x_BCNP) | missing_BCNP, 0.0, x_BCNP)
+        target = jnp.where(observed_BCNP & ~jnp.isnan(x_BCNP), x_BCNP, 0.0)
         target_BCNO = self._following(target, 0.0)
-        observed = ~self._following(missing_BCNP, True) & is_target_BCN[..., None]
+        observed = self._following(observed_BCNP, False) & is_target_BCN[..., None]
         return mean_observed(
             quantile_errors(y_BCNOQ, target_BCNO, self.config.quantiles), observed, {}
         )
@@ -724,10 +722,10 @@ class TimesFM3(Model):
     def lay_out(
         self,
         x_BCT: jax.Array,
-        missing_BCT: jax.Array,
+        observed_BCT: jax.Array,
         horizon: int,
         known_BCR: jax.Array | None = None,
-        unknown_BCR: jax.Array | None = None,
+        observed_BCR: jax.Array | None = None,
     ) -> tuple[dict[str, jax.Array], Trend]:
         """Place series in patches: what `apply` takes for a forecast, and the lines taken off.
 
@@ -737,10 +735,10 @@ class TimesFM3(Model):
         p, (_, patches) = cfg.patch_len, self.outputs(horizon)
         front = ((0, 0), (0, 0), (-t % p, 0))
         x_BCT = jnp.pad(x_BCT.astype(jnp.float32), front)
-        missing_BCT = jnp.pad(missing_BCT, front, constant_values=True)
+        observed_BCT = jnp.pad(observed_BCT, front)
         length = x_BCT.shape[-1]
 
-        trend = fit_trend(x_BCT, missing_BCT, cfg.detrend_threshold)
+        trend = fit_trend(x_BCT, observed_BCT, cfg.detrend_threshold)
         if not cfg.detrending:
             trend = dataclasses.replace(trend, used=jnp.zeros((b, c), bool))
         x_BCT = x_BCT - trend.at((jnp.arange(length) - (length - 1)) / length)
@@ -748,27 +746,27 @@ class TimesFM3(Model):
         # Behind the context: what is known ahead, of the last variates, and nothing of the others.
         shown = 0
         ahead_BCR = jnp.zeros((b, c, patches * p))
-        nothing_BCR = jnp.ones((b, c, patches * p), bool)
+        there_BCR = jnp.zeros((b, c, patches * p), bool)
         if known_BCR is not None:
             shown = known_BCR.shape[1]
-            if unknown_BCR is None:
-                unknown_BCR = jnp.zeros(known_BCR.shape, bool)
+            if observed_BCR is None:
+                observed_BCR = jnp.ones(known_BCR.shape, bool)
             line_BCR = trend.at(jnp.arange(1, horizon + 1) / length)[:, c - shown :]
             place = ((0, 0), (c - shown, 0), (0, patches * p - horizon))
             ahead_BCR = jnp.pad(known_BCR.astype(jnp.float32) - line_BCR, place)
-            nothing_BCR = jnp.pad(unknown_BCR, place, constant_values=True)
+            there_BCR = jnp.pad(observed_BCR, place)
         x = jnp.concatenate([x_BCT, ahead_BCR], axis=-1)
-        missing = jnp.concatenate([missing_BCT, nothing_BCR], axis=-1)
-        x = jnp.where(missing, 0.0, x)
+        observed = jnp.concatenate([observed_BCT, there_BCR], axis=-1)
+        x = jnp.where(observed, x, 0.0)
 
         n = x.shape[-1] // p
         is_target_C = np.arange(c) < c - shown
-        hidden_N = np.arange(n) >= length // p
+        shown_N = np.arange(n) < length // p
         inputs = {
             "x_BCNP": x.reshape(b, c, n, p),
-            "missing_BCNP": missing.reshape(b, c, n, p),
+            "observed_BCNP": observed.reshape(b, c, n, p),
             "is_target_BCN": jnp.broadcast_to(is_target_C.reshape(1, c, 1), (b, c, n)),
-            "hidden_BN": jnp.broadcast_to(hidden_N[None], (b, n)),
+            "shown_BN": jnp.broadcast_to(shown_N[None], (b, n)),
         }
         return inputs, trend
 
@@ -776,24 +774,24 @@ class TimesFM3(Model):
         self,
         params: Tree,
         x_BCT: jax.Array,
-        missing_BCT: jax.Array,
+        observed_BCT: jax.Array,
         horizon: int,
         known_BCR: jax.Array | None = None,
-        unknown_BCR: jax.Array | None = None,
+        observed_BCR: jax.Array | None = None,
         begin_B: jax.Array | None = None,
     ) -> jax.Array:
         """Quantiles [B, C, horizon, Q] after x, of all variates and unsorted.
 
         Args:
-          x_BCT: context of all variates, missing_BCT: booleans, where it has no value.
-          known_BCR: the `horizon` steps to come of the last variates; unknown_BCR: booleans,
-            where they have no value.
+          x_BCT: context of all variates, observed_BCT: booleans, where it has a value.
+          known_BCR: the `horizon` steps to come of the last variates; observed_BCR: booleans, where
+            they have a value, by default everywhere.
           begin_B: time steps in front that do not exist, see `apply`; whole patches count.
         """
         cfg, t = self.config, x_BCT.shape[-1]
         p, (count, patches) = cfg.patch_len, self.outputs(horizon)
         inputs, trend = self.lay_out(
-            x_BCT, missing_BCT, horizon, known_BCR=known_BCR, unknown_BCR=unknown_BCR
+            x_BCT, observed_BCT, horizon, known_BCR=known_BCR, observed_BCR=observed_BCR
         )
         context = inputs["x_BCNP"].shape[2] - patches
 
@@ -901,13 +899,13 @@ class TimesFM3(Model):
         # The newest steps that the model was made for.
         limit = math.ceil(cfg.max_context / cfg.patch_len) * cfg.patch_len
         x_BCT, begun_BT = x_BCT[..., -limit:], begun_BT[:, -limit:]
-        missing_BCT = jnp.broadcast_to(~begun_BT[:, None], x_BCT.shape)
+        observed_BCT = jnp.broadcast_to(begun_BT[:, None], x_BCT.shape)
         begin_B = None if cfg.padding_counts else (~begun_BT).sum(-1)
 
         def decode(sign):
             ahead = None if future is None else sign * future
             y = self.decode(
-                params, sign * x_BCT, missing_BCT, horizon=steps, known_BCR=ahead, begin_B=begin_B
+                params, sign * x_BCT, observed_BCT, horizon=steps, known_BCR=ahead, begin_B=begin_B
             )
             y = y[:, :c]
             return jnp.sort(y, axis=-1) if cfg.sort_quantiles else y

@@ -34,7 +34,6 @@ S tokens that have been read, V width of the mLSTM's values, E width of an sLSTM
 import dataclasses
 import functools
 import math
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -54,9 +53,11 @@ from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.quantiles import median_of, pinball
+from ltsm_jax.layers.patches import end_to_end
+from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of, pinball
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe, windows_that_fit
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
@@ -77,8 +78,6 @@ LEAST_STD = 1e-12
 PLAIN_FACTOR, PLAIN_POWER = math.sqrt(0.9), 0.02
 SUMMED_FACTOR, SUMMED_POWER = math.sqrt(1.68), 0.01
 
-MEMORY = 1 << 30  # bytes that the activations of one evaluation batch may take
-DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 Kind = Literal["mlstm", "slstm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -141,13 +140,11 @@ class TiRex2Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        sizes = (self.d_model, self.qk_dim, self.value_dim, self.slstm_dim, self.head_dim)
-        others = (self.embed_dim, self.out_dim, self.patch_len, self.context_len, self.future_len)
-        if min(*sizes, *others) < 1:
-            problems.append("every size must be positive")
-        odd = {layer.kind for layer in self.layers} - {"mlstm", "slstm"}
-        if odd:
-            problems.append(f"a layer's kind must be mlstm or slstm, got {sorted(odd)}")
+        sizes = ("d_model", "qk_dim", "value_dim", "slstm_dim", "head_dim", "embed_dim", "out_dim")
+        problems += field_problems(self, *sizes, "patch_len", "context_len", "future_len")
+        for layer in self.layers:
+            problems += field_problems(layer)
+
         # What an sLSTM head gives has its place in the residual stream.
         slstm = {layer.lstm_heads for layer in self.layers if layer.kind == "slstm"}
         if any(heads * self.slstm_dim != self.d_model for heads in slstm):
@@ -160,19 +157,13 @@ class TiRex2Config:
                 f"future_len must be whole patches of {self.patch_len} steps, got {self.future_len}"
             )
         levels = self.levels
-        if not levels or list(levels) != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < 1:
-            problems.append(f"levels must rise within (0, 1): {levels}")
+        if unfit := level_problems(levels):
+            problems += unfit
         elif len(levels) % 2 == 0:
             problems.append(f"levels must be an odd number, the middle one is the median: {levels}")
         elif self.sign_flip and not np.allclose(levels, 1 - np.asarray(levels)[::-1], atol=1e-6):
             problems.append(f"sign_flip needs levels that are symmetric about 0.5: {levels}")
-        if self.activation not in typing.get_args(Activation):
-            known = ", ".join(typing.get_args(Activation))
-            problems.append(f"activation must be one of {known}, got {self.activation!r}")
-        if not 0 <= self.dropout < 1 or not 0 <= self.block_dropout < 1:
-            problems.append("dropout and block_dropout must be in [0, 1)")
-        if problems:
-            raise ValueError("TiRex2Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -243,9 +234,7 @@ class TiRex2Config:
             "act_func",
             "dropout",
         )
-        missing = [name for name in names if name not in fields]
-        if missing:
-            raise ValueError(f"the config of a TiRex-2 checkpoint lacks {', '.join(missing)}")
+        require_fields("TiRex-2", fields, names)
         d_model, patch = fields["embedding_dim"], fields["input_patch_size"]
         tokenizer = fields.get("tokenizer_cfg", {})
         patches = {fields.get("output_patch_size", patch)}
@@ -441,7 +430,9 @@ def mlstm(
         # nothing.
         length = -(-n // count)
         empty = (0.0, 0.0, 0.0, -jnp.inf, 0.0)
-        parts = tuple(_cut(x, length, count, value) for x, value in zip(inputs, empty, strict=True))
+        parts = tuple(
+            _cut(x, length, count, value=value) for x, value in zip(inputs, empty, strict=True)
+        )
         start = (jnp.zeros((r, h, k_dim, v_dim)), jnp.zeros((r, h, k_dim)), jnp.zeros((r, h)))
         state, found = jax.lax.scan(_mlstm_chunk, start, parts)
         h_RHNV, denominator, m_RHN = (_joined(x, n) for x in found)
@@ -777,7 +768,9 @@ class TiRex2Net(nn.Module):
         x_GMND = taps["embed"] = embed(tokens_GMNP, train)
         for i, dims in enumerate(cfg.layers):
             layer = Layer(cfg, dims, name=f"layer_{i}")
-            x_GMND, inner = layer(x_GMND, both, known_GA, seen_GMM, mixed_GM, train)
+            x_GMND, inner = layer(
+                x_GMND, both, known_GA, seen_GMM=seen_GMM, mixed_GM=mixed_GM, train=train
+            )
             taps |= nested(f"layer_{i}", inner, x_GMND)
 
         x_GCND = x_GMND[:, :targets, x_GMND.shape[2] - last :]
@@ -919,9 +912,6 @@ class TiRex2(Model):
 
     family = "tirex_2"
     published = PRESETS
-    covariates = frozenset({"past", "known"})
-    missing_in_front = True
-    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (NX-AI/TiRex-2)"
     shard_rules = (
@@ -967,6 +957,14 @@ class TiRex2(Model):
         )
 
     @property
+    def covariates(self) -> frozenset[str]:
+        return COVARIATES
+
+    @property
+    def missing_in_front(self) -> bool:
+        return True
+
+    @property
     def variates(self) -> Literal["independent", "joint"]:
         return "joint"
 
@@ -985,7 +983,7 @@ class TiRex2(Model):
             scores = dims.lstm_heads * min(tokens, CHUNK)
             widths += [3 * dims.ffn, dims.variate_ffn, 3 * scores]
         widest = max(widths)
-        return 1 << max(int(math.log2(MEMORY / (40 * tokens * widest))), 0)
+        return windows_that_fit(40 * tokens * widest)
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults, but for the gates of the recurrences.
@@ -1003,7 +1001,9 @@ class TiRex2(Model):
         seen = jax.ShapeDtypeStruct((1, 2, 2), bool)
 
         def fresh(key, tokens, known, seen):
-            return TiRex2Net(cfg).init(key, tokens, (1,), known, seen, None, 1, 1)
+            return TiRex2Net(cfg).init(
+                key, tokens, (1,), known_GA=known, seen_GMM=seen, mixed_GM=None, targets=1, last=1
+            )
 
         shapes = jax.eval_shape(fresh, key, tokens, known, seen)["params"]
         return draw(key, shapes, functools.partial(self._distribution, flatten(shapes)))
@@ -1090,9 +1090,9 @@ class TiRex2(Model):
 
         front = ((0, 0), (0, 0), (-t % p, 0))
         z_GMT = jnp.pad(z_GMT, front, constant_values=jnp.nan)
-        missing = jnp.isnan(z_GMT)
-        values_GMNP = jnp.where(missing, 0.0, z_GMT).reshape(g, m, -1, p)
-        there_GMNP = (~missing).astype(jnp.float32).reshape(g, m, -1, p)
+        observed = ~jnp.isnan(z_GMT)
+        values_GMNP = jnp.where(observed, z_GMT, 0.0).reshape(g, m, -1, p)
+        there_GMNP = observed.astype(jnp.float32).reshape(g, m, -1, p)
         tokens = jnp.concatenate([values_GMNP, there_GMNP], axis=-1)
 
         both = tuple(both)
@@ -1155,8 +1155,9 @@ class TiRex2(Model):
         if future is not None:
             window = window.at[:, np.asarray(both), front + t : front + t + steps].set(future)
 
-        targets_GM = np.arange(m)[:, None] >= targets
-        seen = jnp.broadcast_to(~(targets_GM & ~targets_GM.T), (g, m, m))
+        # Targets see every member, covariates each other alone.
+        is_target_M = np.arange(m) < targets
+        seen = jnp.broadcast_to(is_target_M[:, None] | ~is_target_M, (g, m, m))
         y_GCRQ, taps = self.apply(
             params, window, both=both, seen=seen, targets=targets, last=last, key=key, train=train
         )
@@ -1172,7 +1173,7 @@ class TiRex2(Model):
         """
         target = jnp.asarray(batch["target"])
         steps = target.shape[-1]
-        self._check_reach(steps)
+        self._require_reach(steps)
         x_GMT, future = with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         _, taps = self._future(
             params, x_GMT, steps, targets=target.shape[1], future=future, key=key, train=train
@@ -1198,18 +1199,12 @@ class TiRex2(Model):
         """MSE of the median that `predict` gives; as far as one forward pass reaches."""
         target = jnp.asarray(batch["target"])
         steps = target.shape[-1]
-        self._check_reach(steps)
+        self._require_reach(steps)
         x_GMT, future = with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         y_GCRQ = self._window(
             params, x_GMT, steps, targets=target.shape[1], future=future, key=key, train=train
         )
         return mse_observed(median_of(y_GCRQ, self.config.levels), target, batch)
-
-    def _check_reach(self, steps: int) -> None:
-        if steps > self.horizon:
-            raise ValueError(
-                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
-            )
 
     # --- forecasts
 
@@ -1259,19 +1254,15 @@ class TiRex2(Model):
 
         def step(x_GMT, known_GAF):
             y_GCFQ = self._window(params, x_GMT, f, targets=targets, future=known_GAF)
-            new = (
-                jnp.full((*x_GMT.shape[:2], f), jnp.nan)
-                .at[:, :targets]
-                .set(median_of(y_GCFQ, self.config.levels))
-            )
+            # Of covariates known in the past only, nothing is known from here on.
+            new = jnp.full((*x_GMT.shape[:2], f), jnp.nan)
+            new = new.at[:, :targets].set(median_of(y_GCFQ, self.config.levels))
             if known_GAF is not None:
                 new = new.at[:, x_GMT.shape[1] - known_GAF.shape[1] :].set(known_GAF)
             return jnp.concatenate([x_GMT, new], axis=-1)[..., f:], y_GCFQ
 
         _, found = jax.lax.scan(step, x_GMT, parts, length=count)
-        y_GCRQ = jnp.moveaxis(found, 0, 2)
-        y_GCRQ = y_GCRQ.reshape(*y_GCRQ.shape[:2], count * f, -1)
-        return y_GCRQ[:, :, :horizon]
+        return end_to_end(found)[:, :, :horizon]
 
     def _window(
         self,

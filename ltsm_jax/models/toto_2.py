@@ -57,21 +57,22 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, interpolate_missing, mean_observed, mse_observed
 from ltsm_jax.layers.network import nested, run_network
-from ltsm_jax.layers.quantiles import pinball
+from ltsm_jax.layers.patches import end_to_end
+from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.configs import field_problems, refuse, require_fields
+from ltsm_jax.models.family import COVARIATES, Batch, Forecast, Model, Recipe, windows_that_fit
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LEVELS = DECILES
 MEDIAN = LEVELS.index(0.5)
 FLAT_SCALE = 1e-6  # the least deviation of a series
 ROPE_BASE = 10000.0
 XPOS_BASE = 256.0  # steps of one power of the xPos decay
 GAIN = math.exp(0.8 * math.log(math.sqrt(2 / (1 - 1 / math.pi))) + 0.2 * math.log(2))  # of silu
 NOWHERE = -1  # the group of a patch without any observed value
-MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
 Kind = Literal["time", "variate"]
 Cache = tuple[jax.Array, jax.Array]  # rotated keys [B, V, G, S, K] and values of one time layer
@@ -137,21 +138,15 @@ class Toto2Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim, qk_dim=self.qk_dim)
-        sizes = (
-            self.patch_len,
-            self.d_model,
-            self.qk_dim,
-            self.head_dim,
-            self.attn_width,
-            self.ffn_width,
-        )
-        sizes += (self.window, self.span)
-        if min(sizes) < 1 or self.min_observed < 0:
-            problems.append(f"every size must be positive: {self}")
-        elif self.block_len is not None and (self.block_len < 1 or self.block_len % self.patch_len):
-            problems.append(
-                f"block_len must be whole patches of {self.patch_len} steps, got {self.block_len}"
-            )
+        sizes = ("patch_len", "d_model", "qk_dim", "head_dim", "attn_width", "ffn_width")
+        problems += field_problems(self, *sizes, "window", "span")
+        for layer in self.layers:
+            problems += field_problems(layer)
+        if self.min_observed < 0:
+            problems.append(f"min_observed must not be negative, got {self.min_observed}")
+        block = self.patch_len if self.block_len is None else self.block_len
+        if block < 1 or (self.patch_len > 0 and block % self.patch_len):
+            problems.append(f"block_len must be whole patches of {self.patch_len}, got {block}")
         if self.qk_dim % 4:
             problems.append(
                 "half of a head turns in pairs, so qk_dim must be a multiple of 4, "
@@ -159,20 +154,7 @@ class Toto2Config:
             )
         if not (self.residual_mult > 0 and self.residual_ratio > 0 and self.cap >= 0):
             problems.append("residual_mult and residual_ratio must be positive, cap not negative")
-        for name, known in (
-            ("fill", ("last", "linear", "zero")),
-            ("front", ("missing", "zeros")),
-            ("gradient", ("exact", "umup")),
-        ):
-            if getattr(self, name) not in known:
-                problems.append(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        kinds = [layer.kind for layer in self.layers]
-        if any(kind not in ("time", "variate") for kind in kinds):
-            problems.append(f"a layer's kind must be time or variate: {kinds}")
-        if problems:
-            raise ValueError("Toto2Config: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -216,8 +198,7 @@ class Toto2Config:
           with.
         """
         required = ("patch_size", "d_model", "num_heads", "num_layers")
-        if missing := [name for name in required if name not in fields]:
-            raise ValueError(f"the config of a Toto 2.0 checkpoint lacks {', '.join(missing)}")
+        require_fields("Toto 2.0", fields, required)
         d, heads, layers = fields["d_model"], fields["num_heads"], fields["num_layers"]
         if heads < 1 or (d % heads and not fields.get("qk_dim")):
             raise ValueError(f"d_model ({d}) must be a multiple of num_heads ({heads})")
@@ -233,8 +214,8 @@ class Toto2Config:
             fields["patch_size"],
             d,
             heads,
-            layers,
-            fields.get("d_ff") or (int(8 * d / 3) + 7) // 8 * 8,
+            layers=layers,
+            d_ff=fields.get("d_ff") or (int(8 * d / 3) + 7) // 8 * 8,
             kv_heads=fields.get("num_groups") or heads,
             qk_dim=fields.get("qk_dim") or None,
             v_dim=fields.get("v_dim") or None,
@@ -281,11 +262,11 @@ def kinds_of(
 # Sizes of the paper's table. The one layer over variates is the last; of 22m, 313m and 1B that is
 # assumed, as a published config.json was at hand of none of them.
 PRESETS = {
-    "Datadog/Toto-2.0-4m": Toto2Config.of(32, 256, 4, 4, 688),
-    "Datadog/Toto-2.0-22m": Toto2Config.of(32, 512, 8, 6, 1368),
-    "Datadog/Toto-2.0-313m": Toto2Config.of(32, 1024, 16, 24, 2736),
-    "Datadog/Toto-2.0-1B": Toto2Config.of(32, 1536, 24, 36, 4096, norm_eps=5e-4),
-    "Datadog/Toto-2.0-2.5B": Toto2Config.of(32, 2048, 32, 48, 5464, norm_eps=5e-4),
+    "Datadog/Toto-2.0-4m": Toto2Config.of(32, 256, 4, layers=4, d_ff=688),
+    "Datadog/Toto-2.0-22m": Toto2Config.of(32, 512, 8, layers=6, d_ff=1368),
+    "Datadog/Toto-2.0-313m": Toto2Config.of(32, 1024, 16, layers=24, d_ff=2736),
+    "Datadog/Toto-2.0-1B": Toto2Config.of(32, 1536, 24, layers=36, d_ff=4096, norm_eps=5e-4),
+    "Datadog/Toto-2.0-2.5B": Toto2Config.of(32, 2048, 32, layers=48, d_ff=5464, norm_eps=5e-4),
 }
 
 
@@ -457,8 +438,8 @@ class Residual(nn.Module):
         hidden_fan = None if self.readout else inner
         out_fan = self.outputs if self.readout else None
         first = Scaled.of(cfg, self.inputs, hidden_fan)
-        second = Scaled.of(cfg, inner, out_fan, self.readout)
-        beside = Scaled.of(cfg, self.inputs, self.outputs, self.readout)
+        second = Scaled.of(cfg, inner, out_fan, readout=self.readout)
+        beside = Scaled.of(cfg, self.inputs, self.outputs, readout=self.readout)
         half = 2**-0.5
         umup = cfg.gradient == "umup"
         # Factors of a sum are applied to the original's gradient where it leaves the branches.
@@ -570,9 +551,9 @@ class Layer(nn.Module):
         y_BVSD = taps["norm1"] = norm(entering(x_BVSD, tau, umup))
         attention = Attention(cfg, dims.attn, name=dims.kind)
         if dims.kind == "time":
-            y_BVSD, own, inner = attention(y_BVSD, seen_BVSS, places, cache)
+            y_BVSD, own, inner = attention(y_BVSD, seen_BVSS, places, cache=cache)
         else:
-            y_BSVD, _, inner = attention(jnp.swapaxes(y_BVSD, 1, 2), seen_BSVV, None, None)
+            y_BSVD, _, inner = attention(jnp.swapaxes(y_BVSD, 1, 2), seen_BSVV, None, cache=None)
             y_BVSD = jnp.swapaxes(y_BSVD, 1, 2)
         taps |= inner | {"attn": y_BVSD}
         x_BVSD = taps["after_attn"] = leaving(x_BVSD, y_BVSD, tau, umup=umup)
@@ -662,9 +643,6 @@ class Toto2(Model):
 
     family = "toto_2"
     published = PRESETS
-    covariates = frozenset({"past", "known"})
-    head_leaves = r"^head/"
-    fixed = r"_tau$"
     unit_scaled = True
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Datadog/Toto-2.0)"
@@ -684,7 +662,7 @@ class Toto2(Model):
     )
 
     @property
-    def missing_in_front(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def missing_in_front(self) -> bool:
         """Whether steps in front of a series do not exist."""
         return self.config.front == "missing"
 
@@ -693,7 +671,15 @@ class Toto2(Model):
         # Norms with weights, biases everywhere and a larger share of the branches than the
         # published have.
         more = {"norm_weight": True, "mlp_bias": True, "residual_mult": 2.0, "residual_ratio": 2.0}
-        return Toto2Config.of(8, 16, 2, 2, 24, window=56, span=2, **more)
+        return Toto2Config.of(8, 16, 2, layers=2, d_ff=24, window=56, span=2, **more)
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        return COVARIATES
+
+    @property
+    def fixed(self) -> str | None:
+        return r"_tau$"
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -719,7 +705,7 @@ class Toto2(Model):
         tokens = cfg.window // cfg.patch_len + cfg.span
         widest = max(max(dims.ffn, dims.attn.heads * tokens) for dims in cfg.layers)
         wide = max(widest, 4 * cfg.d_model)
-        return 1 << max(int(math.log2(MEMORY / (40 * tokens * wide))), 0)
+        return windows_that_fit(40 * tokens * wide)
 
     def init(self, key: jax.Array) -> Tree:
         """Draw N(0, 1) for weight matrices; see the module docstring for what that means."""
@@ -945,7 +931,7 @@ class Toto2(Model):
         y, own, steps = self._network(
             params, tokens, own_groups, only=only, lean=lean and rounds == 1
         )
-        found = passes.real(y, loc, scale, n - 1)
+        found = passes.real(y, loc, scale, last=n - 1)
         if taps is not None:
             taps.append(steps | {"groups": own_groups})
 
@@ -977,8 +963,7 @@ class Toto2(Model):
                 found.append(block_BVNPQ)
                 taps.append(steps | {"groups": passes.groups_BVS[:, :, : 2 * passes.block]})
             later = jnp.stack(found)
-        b, v, _, *each = later.shape[1:]
-        return jnp.moveaxis(later, 0, 2).reshape(b, v, -1, *each)
+        return end_to_end(later)
 
     def _again(self, params: Tree, passes: "Passes", state, start):
         """Commit the block at patch `start`, and decode the next.
@@ -1014,8 +999,10 @@ class Toto2(Model):
         kept = []
         for old, new in zip(caches, own, strict=True):
             # Layers over variates have no cache.
-            kept.append(None if old is None or new is None else _written(old, new, block, start))
-        block_BVNPQ = passes.real(y, loc, scale, start + block - 1)
+            kept.append(
+                None if old is None or new is None else _written(old, new, block, start=start)
+            )
+        block_BVNPQ = passes.real(y, loc, scale, last=start + block - 1)
         return (x_BVSP, seen_BVSP, kept, block_BVNPQ), steps
 
     # --- series with missing values
@@ -1074,7 +1061,9 @@ class Toto2(Model):
         more = {}
         if known is not None:
             t, length = context.shape[-1], x.shape[-1]
-            more["known_BET"], more["known_observed_BET"] = self._known(known, t, length, horizon)
+            more["known_BET"], more["known_observed_BET"] = self._known(
+                known, t, length, steps=horizon
+            )
         y_BVHQ = self.forecast(
             params,
             x,

@@ -63,7 +63,9 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.positions import require_table
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, LayerStack
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -146,8 +148,7 @@ class QuantileConfig:
             )
         if self.eps < 0 or self.point_weight < 0 or self.width_weight < 0:
             problems.append("eps and the weights of the loss must not be negative")
-        if problems:
-            raise ValueError("QuantileConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,29 +246,19 @@ class TTMConfig:
     batch_default_scale: bool = False
 
     def __post_init__(self):
-        problems = [
-            *self._problems_of_sizes(),
-            *self._problems_of_channels(),
-            *self._problems_of_choices(),
-            *self._problems_of_r3(),
-        ]
-        if problems:
-            raise ValueError("TTMConfig: " + "; ".join(problems))
+        sizes = ("context_len", "horizon", "patch_len", "patch_stride", "d_model", "n_channels")
+        problems = field_problems(self, *sizes, "decoder_d_model", "spectrum_least", "gate_groups")
+        if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
+            problems.append(f"norm_eps, huber_delta > 0 and quantile in (0, 1): {self}")
+        problems += self._problems_of_sizes()
+        problems += self._problems_of_channels()
+        problems += self._problems_of_r3()
+        refuse(self, problems)
 
     def _problems_of_sizes(self) -> list[str]:
         """Say which lengths and widths do not go together."""
         problems = []
-        sizes = (
-            self.context_len,
-            self.horizon,
-            self.patch_len,
-            self.patch_stride,
-            self.d_model,
-            self.n_channels,
-        )
-        if min(*sizes, self.decoder_d_model) < 1:
-            problems.append(f"every size must be positive: {self}")
-        elif self.context_len <= self.patch_len:
+        if self.context_len <= self.patch_len:
             problems.append(
                 f"the context ({self.context_len}) must be longer than a patch ({self.patch_len})"
             )
@@ -328,34 +319,11 @@ class TTMConfig:
             problems.append(f"fcm_offset must be at least 1, or None, got {self.fcm_offset}")
         return problems
 
-    def _problems_of_choices(self) -> list[str]:
-        """Say which options have no such value, and which numbers are out of their range."""
-        problems = []
-        for name, told, allowed in (
-            ("norm", self.norm, ("LayerNorm", "BatchNorm")),
-            ("position", self.position, (None, "sincos", "random")),
-            ("scaling", self.scaling, (None, "std", "mean")),
-            ("loss", self.loss, ("mse", "mae", "pinball", "huber")),
-            ("fill", self.fill, ("zero", "mean")),
-            ("gate", self.gate, ("softmax", "sigmoid", "glu", "group_sigmoid")),
-        ):
-            if told not in allowed:
-                problems.append(
-                    f"{name} must be one of {', '.join(map(str, allowed))}, got {told!r}"
-                )
-        if not (0 <= self.dropout < 1 and 0 <= self.head_dropout < 1):
-            problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.head_dropout}")
-        if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
-            problems.append(f"norm_eps, huber_delta > 0 and quantile in (0, 1): {self}")
-        return problems
-
     def _problems_of_r3(self) -> list[str]:
         """Say what can't be among the options that came with r3."""
         problems = []
-        if min(self.registers, self.spectrum) < 0 or min(self.spectrum_least, self.gate_groups) < 1:
-            problems.append(
-                "registers and spectrum must not be negative, their widths and groups positive"
-            )
+        if min(self.registers, self.spectrum) < 0:
+            problems.append("registers and spectrum must not be negative")
         bins = self.context_len // 2 + 1 - self.spectrum_skip_mean
         if self.spectrum > bins:
             problems.append(
@@ -432,19 +400,22 @@ class TTMConfig:
             hidden = expansion * n_channels if mixed else 0
             found = []
             for f in factors(n_levels, width):
+                # A single piece of a single patch leaves nothing to mix over patches.
                 over_patches = expansion * f * n_patches if f * n_patches > 1 else 0
                 found += [MixerDims(hidden, over_patches, expansion * (width // f))] * count
             return tuple(found)
 
-        encoder = widths(rest.get("mix_channels"), channels, n, d_model, layers, levels)
+        encoder = widths(
+            rest.get("mix_channels"), channels, n, width=d_model, count=layers, n_levels=levels
+        )
         both = channels + len(vocab)
         decoder = widths(
             rest.get("decoder_mix_channels"),
             both,
             n,
-            decoder_d_model,
-            decoder_layers,
-            decoder_levels,
+            width=decoder_d_model,
+            count=decoder_layers,
+            n_levels=decoder_levels,
         )
         step = 2 * (2 * rest.get("fcm_context", 1) + 1)
         targets = rest.get("targets")
@@ -460,7 +431,7 @@ class TTMConfig:
             decoder=decoder if use_decoder else (),
             levels=levels,
             decoder_levels=decoder_levels,
-            fcm_layers=widths(False, 0, seen, step, fcm_layers, 0),
+            fcm_layers=widths(False, 0, seen, width=step, count=fcm_layers, n_levels=0),
             **rest,
         )
 
@@ -714,6 +685,7 @@ class Mixer(nn.Module):
         attended = axis == PATCH and cfg.attn_heads > 0
         if attended:
             taps["attn"] = Attention(cfg.attn_heads, self.dropout, name="attn")(h, train)
+        # The original gates what enters a mixer over channels, and what leaves the other two.
         if self.gated and axis == CHANNEL:
             h = gate(h)
         u = taps["up"] = along(Linear((n,), (self.hidden,), name="up"), h, axis)
@@ -949,7 +921,7 @@ class QuantileHead(nn.Module):
         return flat, {"token": t_PBCK, "flat": flat}
 
 
-def _of_targets(cfg: TTMConfig, x_BC: jax.Array) -> jax.Array:
+def of_targets(cfg: TTMConfig, x_BC: jax.Array) -> jax.Array:
     """Select the channels that are forecast from [B, C, ...]."""
     targets = cfg.forecast_channels
     return x_BC if targets is None else x_BC[:, np.array(targets)]
@@ -998,7 +970,9 @@ def all_channels(cfg: TTMConfig, batch: Batch) -> Batch:
     if "past" not in batch and "known" not in batch:
         return batch
     past, known = batch.get("past"), batch.get("known")
-    context, target = with_covariate_channels(cfg, batch["context"], batch["target"], past, known)
+    context, target = with_covariate_channels(
+        cfg, batch["context"], batch["target"], past_BKT=past, known_BKS=known
+    )
     rest = {name: value for name, value in batch.items() if name not in ("past", "known")}
     return rest | {"context": context, "target": target}
 
@@ -1035,14 +1009,14 @@ class TTMNet(nn.Module):
         x_PBCD, inner = mixers(x_PBCD, train)
         taps |= nested("encoder", inner, x_PBCD)
         if cfg.decoder:
-            x_PBCD, inner = Decoder(cfg, name="decoder")(x_PBCD, p_PBCK, categories_BV, train)
+            x_PBCD, inner = Decoder(cfg, name="decoder")(x_PBCD, p_PBCK, categories_BV, train=train)
             taps |= nested("decoder", inner)
         taps["decoder"] = x_PBCD
         x_BCF = Dropout(cfg.head_dropout)(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1), train)
         head = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")
         taps["head"] = head(x_BCF)
         all_BCH = taps["head"][..., : cfg.filter_len]
-        y_BCH = _of_targets(cfg, all_BCH)
+        y_BCH = of_targets(cfg, all_BCH)
         if cfg.fcm:
             y_BCH = self._mixed(y_BCH, past_BCL, future_BCH, train=train, taps=taps)
         taps["forecast"] = y_BCH
@@ -1060,8 +1034,8 @@ class TTMNet(nn.Module):
         last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
         near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
         future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
-        mixer, near = ForecastMixer(cfg, name="fcm"), _of_targets(cfg, near_BCS)
-        y_BCH, inner = mixer(y_BCH, near, future_BXH, near_BCS[:, known], train)
+        mixer, near = ForecastMixer(cfg, name="fcm"), of_targets(cfg, near_BCS)
+        y_BCH, inner = mixer(y_BCH, near, future_BXH, past_BXS=near_BCS[:, known], train=train)
         taps |= nested("fcm", inner)
         return y_BCH
 
@@ -1140,6 +1114,7 @@ def location_scale(scaling, x, observed, batch_default=False):
     loc = jnp.zeros_like(n)
     if scaling is None:
         return loc, jnp.ones_like(n)
+    # The scale of a series without values is 1, or what the original takes: the batch's.
     total = jnp.abs(x * observed).sum(-1, keepdims=True)
     default = jnp.ones_like(n[:1])
     if batch_default:
@@ -1155,6 +1130,7 @@ def point_error(cfg: TTMConfig, y_BCH, target_BCH, batch: Batch) -> jax.Array:
     target.
     """
     target = target_BCH[..., : y_BCH.shape[-1]]
+    # The inner `where` keeps NaN out of the gradient, the outer one out of the sum.
     seen = ~jnp.isnan(target)
     gap = jnp.where(seen, y_BCH[..., : target.shape[-1]] - jnp.where(seen, target, 0.0), 0.0)
     if cfg.loss == "mse":
@@ -1221,15 +1197,16 @@ class Forecasts(Model):
         return self.part.filter_len or self.part.horizon
 
     @property
-    def covariates(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def covariates(self) -> frozenset[str]:
         """Known ahead are exogenous channels, known in the past those that nobody forecasts."""
         return self.part.covariates
 
     def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
         """Forecasts and taps of a batch, from all that it brings."""
         cfg, steps, most = self.part, batch["target"].shape[-1], self.horizon
-        if steps > most and cfg.filter_len is None:
-            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
+        # A filtered forecast is compared with as much of the target as it reaches.
+        if cfg.filter_len is None:
+            self._require_reach(steps)
         future = None
         if cfg.exogenous:
             future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
@@ -1275,10 +1252,12 @@ class Forecasts(Model):
         past the ones that are neither forecast nor exogenous, each by rising number.
         """
         if past is None and known is None:
-            return self.predict(params, context, horizon, key)
+            return self.predict(params, context, horizon, key=key)
         unknown = jnp.full((*context.shape[:2], horizon), jnp.nan)
-        every, future = with_covariate_channels(self.part, context, unknown, past, known)
-        return self.predict(params, every, horizon, key, future=future)
+        every, future = with_covariate_channels(
+            self.part, context, unknown, past_BKT=past, known_BKS=known
+        )
+        return self.predict(params, every, horizon, key=key, future=future)
 
     def roll_out(
         self,
@@ -1304,6 +1283,7 @@ class Forecasts(Model):
             x, observed = state
             told = {"freq_token": freq_token, "categories": categories}
             y, taps = self.apply(params, x, observed, future_BCH=future, **told)
+            # Channels that nobody forecasts go on with the forecast that the head gave them.
             new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
             if cfg.exogenous:
                 # What is not known of the future is filled as what is missing in the past.
@@ -1320,9 +1300,7 @@ class Forecasts(Model):
             _, (y, q) = step(state, None if future_SBCH is None else future_SBCH[0])
         else:
             _, (y_SBCH, q) = jax.lax.scan(step, state, future_SBCH, length=steps)
-            y = jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)
-            if q is not None:
-                q = jnp.moveaxis(q, 0, 2).reshape(*y.shape, q.shape[-1])
+            y, q = end_to_end(y_SBCH), None if q is None else end_to_end(q)
         if q is None or cfg.quantiles is None:
             return Forecast(y[..., :horizon])
         return Forecast(y[..., :horizon], q[..., :horizon, :], levels=cfg.quantiles.levels)
@@ -1355,8 +1333,7 @@ class TTM(Forecasts):
 
     family = "ttm"
     published = PRESETS
-    missing_in_front = True
-    head_leaves = r"^(head|quantiles)/"
+    heads = ("head", "quantiles")
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2, -r3)"
     shard_rules = (
@@ -1402,7 +1379,11 @@ class TTM(Forecasts):
         )
 
     @property
-    def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def missing_in_front(self) -> bool:
+        return True
+
+    @property
+    def fixed(self) -> str | None:
         """Running statistics of BatchNorm and the computed position table, where the config has
         them.
         """
@@ -1521,6 +1502,8 @@ class TTM(Forecasts):
                     f"the model tells channels apart by number, up to {numbered}; there are "
                     f"{n_variates}"
                 )
+            # A mixer over channels has weights for each of them: its widths change with their
+            # number, at the same share of hidden units.
             widths = {}
             for part in ("encoder", "decoder"):
                 layers = []
@@ -1541,6 +1524,7 @@ class TTM(Forecasts):
                     f"a key to draw them with: for_series(params, n_variates={n_variates}, "
                     "key=jax.random.key(0))"
                 )
+            # All that does not depend on the number of channels stays as it was trained.
             fresh = flatten(TTM(cfg).init(key))
             old = flatten(params)
             kept = {
@@ -1628,7 +1612,7 @@ class TTM(Forecasts):
         # Back into the units of x.
         taps |= {"scaled": z_BCL, "loc": loc_BC1, "scale": scale_BC1}
         taps["all"] = all_BCH * scale_BC1 + loc_BC1
-        scale_BC1, loc_BC1 = _of_targets(cfg, scale_BC1), _of_targets(cfg, loc_BC1)
+        scale_BC1, loc_BC1 = of_targets(cfg, scale_BC1), of_targets(cfg, loc_BC1)
         if q_BCHQ is not None:
             taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
         return y_BCH * scale_BC1 + loc_BC1, taps
@@ -1685,8 +1669,7 @@ class TTM(Forecasts):
 
     def targets(self, batch: Batch) -> jax.Array:
         """The target [B, C', H'] of the channels that are forecast."""
-        channels = self.config.forecast_channels
-        return batch["target"] if channels is None else batch["target"][:, np.array(channels)]
+        return of_targets(self.config, batch["target"])
 
     def error(self, y_BCH: jax.Array, batch: Batch, loss: Loss) -> jax.Array:
         """Mean error of forecasts [B, C', H] over all observed values of the target channels of
@@ -1705,9 +1688,8 @@ class TTM(Forecasts):
         """
         batch = all_channels(self.config, batch)
         y, taps = self._forecast_for(params, batch, key, train=train)
-        return own_error(
-            self.config, y, taps.get("quantiles"), target_BCH=self.targets(batch), batch=batch
-        )
+        target_BCH = self.targets(batch)
+        return own_error(self.config, y, taps.get("quantiles"), target_BCH=target_BCH, batch=batch)
 
     def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The newest `context_len` steps without gaps, and which of them were observed (1 or 0)."""

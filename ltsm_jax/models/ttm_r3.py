@@ -27,6 +27,7 @@ import numpy as np
 
 from ltsm_jax.layers.network import nested
 from ltsm_jax.models import ttm
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Recipe
 from ltsm_jax.models.groups import LayerStack
 from ltsm_jax.models.ttm import TTM, Forecasts, QuantileConfig, TTMConfig
@@ -75,7 +76,7 @@ class TTMR3Config:
     batch_default_scale: bool = False
 
     def __post_init__(self):
-        problems = []
+        problems = field_problems(self)
         for name in PARTS:
             if getattr(self, name).scaling is not None:
                 problems.append(
@@ -84,12 +85,9 @@ class TTMR3Config:
         odd = [name for name in COMMON if getattr(self.trend, name) != getattr(self.residual, name)]
         if odd:
             problems.append(f"trend and residual must have the same {', '.join(odd)}")
-        if self.scaling not in (None, "std", "mean"):
-            problems.append(f"scaling must be one of std, mean or None, got {self.scaling!r}")
         if min(self.joint_weight, self.trend_weight, self.residual_weight) < 0:
             problems.append("the weights of the losses must not be negative")
-        if problems:
-            raise ValueError("TTMR3Config: " + "; ".join(problems))
+        refuse(self, problems)
 
 
 def _published(
@@ -174,6 +172,7 @@ def smooth(y_BCT: jax.Array, seen_BCT: jax.Array | None = None) -> jax.Array:
         gap = ((y_BCT - trend) * seen_BCT).sum(axis=-1, keepdims=True)
         return trend + gap / total
 
+    # Values far from the result, measured by the typical distance, weigh little the next time.
     trend = weighted(seen_BCT)
     for _ in range(2):
         distance = y_BCT - trend
@@ -209,7 +208,7 @@ class TTMR3(Forecasts):
 
     family = "ttm_r3"
     published = PRESETS
-    head_leaves = r"^(trend|residual)/(head|quantiles)/"
+    heads = ("trend/head", "trend/quantiles", "residual/head", "residual/quantiles")
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r3)"
     shard_rules = TTM.shard_rules
@@ -262,7 +261,7 @@ class TTMR3(Forecasts):
         return TTM(self.config.residual, branch="residual")
 
     @property
-    def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def fixed(self) -> str | None:
         """The leaves that either part never trains."""
         found = {part.fixed for _, part in self._parts() if part.fixed}
         return "|".join(sorted(found)) or None
@@ -356,6 +355,7 @@ class TTMR3(Forecasts):
             cfg.scaling, x_BCT, observed, batch_default=cfg.batch_default_scale
         )
         z_BCT = (x_BCT - loc_BC1) / scale_BC1
+        # Smoothing mirrors a few steps at either end, which a shorter series lacks.
         few = max(LEAST_STEPS - z_BCT.shape[-1], 0)
         z_BCT = jnp.pad(z_BCT, ((0, 0), (0, 0), (few, 0)))
         smooth_BCT = jax.lax.stop_gradient(smooth(z_BCT))
@@ -386,9 +386,7 @@ class TTMR3(Forecasts):
             taps |= nested(name, inner, y_BCH)
 
         taps["all"] = (every[0] + every[1]) * scale_BC1 + loc_BC1
-        channels = cfg.trend.forecast_channels
-        if channels is not None:
-            loc_BC1, scale_BC1 = (x[:, np.array(channels)] for x in (loc_BC1, scale_BC1))
+        loc_BC1, scale_BC1 = (ttm.of_targets(cfg.trend, x) for x in (loc_BC1, scale_BC1))
         joint_BCH = taps["joint"] = points[0] + points[1]
         if cfg.trend.quantiles is not None:
             joint_BCHQ = taps["joint_quantiles"] = self._joined(*quantiles)
@@ -405,6 +403,7 @@ class TTMR3(Forecasts):
         def distance(q_BCHQ):
             return q_BCHQ - q_BCHQ[..., middle : middle + 1]
 
+        # Independent parts: the squares of their distances from the median add up, not they.
         of_trend, of_residual = distance(trend_BCHQ), distance(residual_BCHQ)
         spread = jnp.sqrt(jnp.square(of_trend) + jnp.square(of_residual) + LEAST_WEIGHT)
         return both[..., middle : middle + 1] + jnp.sign(of_trend + of_residual) * spread
@@ -423,11 +422,11 @@ class TTMR3(Forecasts):
         z_BCT = taps["scaled"]
         whole_BCT = jnp.concatenate([z_BCT, jnp.where(seen, scaled_BCH, 0.0)], axis=-1)
         weights = jnp.concatenate([jnp.ones_like(z_BCT), seen.astype(jnp.float32)], axis=-1)
+        # Data to learn from: no gradient is taken through sorting and dividing.
         trend_BCH = jax.lax.stop_gradient(smooth(whole_BCT, weights))[..., -self.horizon :]
         trend_BCH = jnp.where(seen, trend_BCH, jnp.nan)
         found = (trend_BCH, scaled_BCH - trend_BCH, scaled_BCH)
-        channels = self.config.trend.forecast_channels
-        return found if channels is None else tuple(x[:, np.array(channels)] for x in found)
+        return tuple(ttm.of_targets(self.config.trend, x) for x in found)
 
     def errors(self, taps: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         """The errors of the sum ("joint") and of the parts, in scaled units, see `ttm.own_error`.

@@ -31,7 +31,7 @@ import numpy as np
 from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.dims import layer_problems
+from ltsm_jax.layers.dims import head_width, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
@@ -39,6 +39,7 @@ from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.positions import sinusoids
+from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, LayerStack
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -103,8 +104,7 @@ class UnitsConfig:
 
     def __post_init__(self):
         problems, tasks = layer_problems(self.layers, self.head_dim), self.tasks
-        if min(self.d_model, self.head_dim, self.patch_len, self.prompt_len) < 1:
-            problems.append("every size must be positive")
+        problems += field_problems(self, "d_model", "head_dim", "patch_len", "prompt_len")
         if self.d_model % CLASS_HEADS or self.d_model % 2:
             problems.append(f"d_model must be a multiple of {CLASS_HEADS}, got {self.d_model}")
         if any(layer.ffn % 2 for layer in self.layers):
@@ -127,10 +127,7 @@ class UnitsConfig:
         ]
         if self.dataset and self.dataset not in sizes:
             problems.append(f"no task has the data set {self.dataset!r}; known: {', '.join(sizes)}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must lie in [0, 1): {self.dropout}")
-        if problems:
-            raise ValueError("UnitsConfig: " + "; ".join(problems))
+        refuse(self, problems)
 
     @classmethod
     def of(
@@ -139,12 +136,8 @@ class UnitsConfig:
         """Equal layers; heads split the model width and the feed-forward width is 8 D, as in the
         original.
         """
-        if heads < 1 or d_model % heads:
-            raise ValueError(
-                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
-            )
         equal = (UnitsLayer(heads, heads, 8 * d_model),) * layers
-        return cls(d_model, d_model // heads, equal, tasks, **rest)
+        return cls(d_model, head_width(d_model, heads), equal, tasks=tasks, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "UnitsConfig":
@@ -174,7 +167,7 @@ class UnitsConfig:
             args["d_model"],
             args["n_heads"],
             args["e_layers"],
-            tuple(
+            tasks=tuple(
                 UnitsTask(
                     name,
                     t["task_name"],
@@ -233,9 +226,9 @@ def _forecasting() -> tuple[UnitsTask, ...]:
 
 _TASKS = _forecasting()
 PRESETS = {
-    "units_x128": UnitsConfig.of(128, 8, 3, _TASKS, dataset="ETTh1"),
-    "units_x64": UnitsConfig.of(64, 8, 3, _TASKS, dataset="ETTh1"),
-    "units_x32": UnitsConfig.of(32, 8, 3, _TASKS, dataset="ETTh1"),
+    "units_x128": UnitsConfig.of(128, 8, 3, tasks=_TASKS, dataset="ETTh1"),
+    "units_x64": UnitsConfig.of(64, 8, 3, tasks=_TASKS, dataset="ETTh1"),
+    "units_x32": UnitsConfig.of(32, 8, 3, tasks=_TASKS, dataset="ETTh1"),
 }
 
 
@@ -272,6 +265,7 @@ class DynamicLinear(nn.Module):
         )
         bias = self.param("bias", nn.initializers.zeros, (self.outputs,)).astype(x.dtype)
         n = x.shape[-1]
+        # At the stored lengths the matrices that stretch are the identity.
         if (n, outputs) != (self.inputs, self.outputs):
             out = jnp.asarray(_stretch(outputs, self.outputs), x.dtype)
             along = jnp.asarray(_stretch(n - self.fixed, self.inputs - self.fixed), x.dtype)
@@ -434,19 +428,17 @@ class ClassHead(nn.Module):
 
 class UnitsNet(nn.Module):
     """Patches [B, V, N, P] in instance scale through the network. n_new: patches to generate behind
-    them; hidden: [B, V, N] patches to fill in; task: name of a task with a classification token.
-    Gives patches [B, V, N + n_new, P], or logits [B, M] of a task, and the named steps between.
-    With both hidden and task, the pass of self-supervised training: patches from the tokens and
-    patches from the classification token, each [B, V, N, P].
+    them; shown: [B, V, N], False for patches to fill in; task: name of a task with a classification
+    token. Gives patches [B, V, N + n_new, P], or logits [B, M] of a task, and the named steps
+    between. With both shown and task, the pass of self-supervised training: patches from the tokens
+    and patches from the classification token, each [B, V, N, P].
     """
 
     cfg: UnitsConfig
     dataset: str
 
     @nn.compact
-    def __call__(
-        self, p_BVNP, n_new: int = 0, hidden_BVN=None, task: str = "", train: bool = False
-    ):
+    def __call__(self, p_BVNP, n_new: int = 0, shown_BVN=None, task: str = "", train: bool = False):
         cfg, taps, total = self.cfg, {}, p_BVNP.shape[2] + n_new
         if total > TABLE_LEN:
             raise ValueError(f"{total} patches; the position table of UniTS has {TABLE_LEN} rows")
@@ -461,7 +453,7 @@ class UnitsNet(nn.Module):
         embed = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")
         x = taps["patch_tokens"] = Dropout(cfg.dropout)(embed(p_BVNP), train)
         prompts, masked = rows(f"prompt_tokens/{self.dataset}"), rows(f"mask_tokens/{self.dataset}")
-        x = self._generated(x, prompts, masked, n_new=n_new, hidden_BVN=hidden_BVN, taps=taps)
+        x = self._generated(x, prompts, masked, n_new=n_new, shown_BVN=shown_BVN, taps=taps)
         place = table_TD[:total].astype(x.dtype)[None, None]
         x = jnp.concatenate([prompts, x + place], 2)
         n_tokens = x.shape[2]
@@ -474,7 +466,7 @@ class UnitsNet(nn.Module):
             taps |= nested(f"block_{i}", inner, x)
         options = {"total": total, "n_tokens": n_tokens, "task": task, "train": train}
         category = tokens.get(f"category/{task}") if task else None
-        return self._outputs(x, taps, category, hides=hidden_BVN is not None, **options)
+        return self._outputs(x, taps, category, hides=shown_BVN is not None, **options)
 
     def _learned_tokens(self) -> dict[str, jax.Array]:
         """All learned tokens of the checkpoint, [V, count, D] each."""
@@ -493,16 +485,16 @@ class UnitsNet(nn.Module):
             tokens[short] = self.param(name, nn.initializers.zeros, (*shape, cfg.d_model))
         return tokens
 
-    def _generated(self, x, prompts, masked, n_new: int, hidden_BVN, taps):
+    def _generated(self, x, prompts, masked, n_new: int, shown_BVN, taps):
         """Patch tokens [B, V, N + n_new, D] with generated ones: for hidden patches, and behind."""
         (b, v, n, _), cfg = x.shape, self.cfg
         generate = DynamicLinear(TOKENS, TOKENS, cfg.prompt_len, name="generate")
-        if hidden_BVN is not None or self.is_initializing():
-            hide = jnp.zeros((b, v, n), bool) if hidden_BVN is None else hidden_BVN
-            filled = jnp.where(hide[..., None], masked, x)
+        if shown_BVN is not None or self.is_initializing():
+            shown = jnp.ones((b, v, n), bool) if shown_BVN is None else shown_BVN
+            filled = jnp.where(shown[..., None], x, masked)
             made = over_tokens(generate, jnp.concatenate([prompts, filled], 2), n)
             taps["generated"] = made
-            x = jnp.where(hide[..., None], made, filled)
+            x = jnp.where(shown[..., None], filled, made)
         if n_new:
             full = jnp.concatenate([prompts, x, jnp.repeat(masked, n_new, 2)], 2)
             made = taps["generated"] = over_tokens(generate, full, n + n_new)
@@ -549,7 +541,7 @@ class Units(Model):
 
     family = "units"
     published = PRESETS
-    head_leaves = r"^forecast_head/"
+    heads = ("forecast_head",)
     tasks = ("forecasting", "imputation", "anomaly", "classification")
     head_names = ("classification",)
     licence = "MIT (mims-harvard/UniTS)"
@@ -578,7 +570,7 @@ class Units(Model):
                 "CLS_b", "classification", "b", context_len=32, horizon=0, n_variates=3, n_classes=2
             ),
         )
-        return UnitsConfig.of(16, 2, 2, tasks, patch_len=8, prompt_len=3)
+        return UnitsConfig.of(16, 2, 2, tasks=tasks, patch_len=8, prompt_len=3)
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -649,6 +641,7 @@ class Units(Model):
         """Speak for data with so many variates: with the tokens of the current data set where it
         has as many, else of the first forecasting task that has, else with tokens drawn from `key`.
         """
+        # Tokens that were trained come first, those of the data set at hand before all others.
         cfg = self.config
         if cfg.datasets[cfg.current] == n_variates:
             return self, params
@@ -740,7 +733,7 @@ class Units(Model):
         # With `observed` too, as in the original: hidden points count as 0.
         mean = x.mean(-1, keepdims=True)
         z = x - mean
-        hidden = None
+        shown = None
         if observed_BVL is None:
             std = jnp.sqrt(jnp.square(z).mean(-1, keepdims=True) + SCALE_EPS)
         else:
@@ -751,10 +744,11 @@ class Units(Model):
             z = jnp.where(observed_BVL == 0, 0.0, z)
             n = jnp.maximum((observed_BVL == 1).sum(-1, keepdims=True), 1)
             std = jnp.sqrt(jnp.square(z).sum(-1, keepdims=True) / n + SCALE_EPS)
-            hidden = (observed_BVL == 0).reshape(b, v, -1, p).any(-1)
+            # A patch with one hidden point is filled in as a whole.
+            shown = (observed_BVL != 0).reshape(b, v, -1, p).all(-1)
         mean, std = jax.lax.stop_gradient((mean, std))
         z = jnp.pad(z / std, ((0, 0), (0, 0), (0, -length % p)))
-        options = {"n_new": n_new, "hidden_BVN": hidden, "task": task, "key": key, "train": train}
+        options = {"n_new": n_new, "shown_BVN": shown, "task": task, "key": key, "train": train}
         p_BVNP = z.reshape(b, v, -1, p)
         y, taps = run_network(UnitsNet(cfg, dataset), _joined(params), p_BVNP, **options)
         taps |= {"scaled": z, "mean": mean, "std": std}
@@ -764,12 +758,12 @@ class Units(Model):
         return y * std + mean, taps
 
     def self_supervised(
-        self, params: Tree, x_BVL: jax.Array, hidden_BN: jax.Array, task: str, key=None, train=False
+        self, params: Tree, x_BVL: jax.Array, shown_BN: jax.Array, task: str, key=None, train=False
     ) -> tuple[jax.Array, jax.Array]:
         """Reconstructions that self-supervised training compares with x [B, V, L], in the units of
         x: that [B, V, L] from the tokens of the patches that are not hidden, and that from the
-        classification token of `task`. Its loss is the sum of the two MSEs over all points. hidden:
-        [B, N], 1 for a hidden patch, for all variates alike.
+        classification token of `task`. Its loss is the sum of the two MSEs over all points. shown:
+        [B, N], False for a hidden patch, for all variates alike.
 
         Raises: ValueError for a checkpoint without the head of self-supervised training.
         """
@@ -784,8 +778,8 @@ class Units(Model):
         mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
         mean, std = jax.lax.stop_gradient((mean, jnp.sqrt(var + SCALE_EPS)))
         z = jnp.pad((x - mean) / std, ((0, 0), (0, 0), (0, -length % p))).reshape(b, v, -1, p)
-        hidden = jnp.broadcast_to((hidden_BN != 0)[:, None], (b, v, z.shape[2]))
-        options = {"hidden_BVN": hidden, "task": task, "key": key, "train": train}
+        shown = jnp.broadcast_to(shown_BN[:, None], (b, v, z.shape[2]))
+        options = {"shown_BVN": shown, "task": task, "key": key, "train": train}
         both, _ = run_network(UnitsNet(cfg, dataset), _joined(params), z, **options)
         one, two = (
             y.reshape(b, v, -1)[..., :length].astype(jnp.float32) * std + mean for y in both
@@ -798,6 +792,7 @@ class Units(Model):
         """The `horizon` steps after x, [B, V, H]: what the padding of the window holds, and as many
         generated patches as the rest needs, at least one.
         """
+        # `apply` fills the window up to whole patches: their end is part of the horizon already.
         p, length = self.config.patch_len, x_BVL.shape[-1]
         pad = -length % p
         y, _ = self.apply(params, x_BVL, max(-(-(horizon - pad) // p), 1), key=key, train=train)

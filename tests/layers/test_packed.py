@@ -35,7 +35,7 @@ def test_scale_of_what_is_constant_missing_or_padding():
     x = jnp.asarray([[[5.0] * 8], [[0.0] * 8], [[1.0] * 8]])
     observed = jnp.asarray([[[True] * 8], [[False] * 8], [[True] + [False] * 7]])
     tokens = packed.pack(
-        (x, observed), 4, 4, 4, is_pad=jnp.asarray([[False] * 8, [True] * 8, [False] * 8])
+        (x, observed), 4, 4, 4, begun_BT=jnp.asarray([[True] * 8, [False] * 8, [True] * 8])
     )
     loc, scale = packed.token_scale(tokens)
     tiny = np.sqrt(1e-5)
@@ -94,10 +94,10 @@ def test_scale_of_a_variate_is_that_of_its_tokens():
     x, observed = series(2, 3, 10)
     x[:, 1] += 1e4
     observed[0, 2, 4:7] = False
-    is_pad = np.zeros((2, 10), bool)
-    is_pad[1, :6], observed[1, :, :6] = True, False
+    begun = np.ones((2, 10), bool)
+    begun[1, :6], observed[1, :, :6] = False, False
     x, observed = jnp.asarray(x), jnp.asarray(observed)
-    tokens = packed.pack((x, observed), 5, 4, 8, is_pad=jnp.asarray(is_pad))
+    tokens = packed.pack((x, observed), 5, 4, 8, begun_BT=jnp.asarray(begun))
     assert (np.asarray(tokens.sample_id) == 0).any(), "some tokens are padding"
     got = packed.scale_of_variates(tokens, *packed.series_scale(x, observed))
     for one, want in zip(got, packed.token_scale(tokens), strict=True):

@@ -53,7 +53,7 @@ def bct(x):
 def forecast_of(io, case):
     """Inputs of a forecast case: past series, horizon, and the covariates that `pack` takes."""
     get = lambda name: io[f"{case}/in/{name}"]  # noqa: E731
-    more = {"is_pad": jnp.asarray(get("past_is_pad"))}
+    more = {"begun_BT": ~jnp.asarray(get("past_is_pad"))}
     if int(get("feat_dynamic_real_dim")):
         more["known"] = bct(get("feat_dynamic_real")), bct(get("observed_feat_dynamic_real"))
     if int(get("past_feat_dynamic_real_dim")):

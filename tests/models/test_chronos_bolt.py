@@ -149,7 +149,7 @@ def test_losses_of_a_forecast_worked_out_by_hand(small):
     np.testing.assert_allclose(
         jax.jit(model.point_loss)(params, batch), np.nanmean(square), rtol=1e-4
     )
-    with pytest.raises(ValueError, match="predicts 16 steps at once; the target has 17"):
+    with pytest.raises(ValueError, match="one forward pass reaches 16 steps, the target has 17"):
         model.loss(params, {"context": x, "target": waves(2, 17)})
 
 
@@ -161,7 +161,7 @@ def test_eval_batch_shrinks_with_the_model():
 def test_config_errors_are_all_told():
     with pytest.raises(
         ValueError,
-        match=r"every size must be positive; .*leave points out; levels must.*start_token",
+        match=r"patch_len must be positive, got 0; .*leave points out; levels must.*start_token",
     ):
         dataclasses.replace(SMALL, patch_len=0, levels=(0.5, 0.1), start_token=2)
     with pytest.raises(ValueError, match=r"lacks num_heads, .*chronos_config\.quantiles"):

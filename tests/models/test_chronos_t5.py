@@ -212,6 +212,6 @@ def test_configs_that_cannot_be():
         with pytest.raises(ValueError, match=what):
             dataclasses.replace(small, **change)
     with pytest.raises(
-        ValueError, match=r"config.json lacks vocab_size, .*chronos_config.n_tokens"
+        ValueError, match=r"Chronos-T5 checkpoint lacks vocab_size, .*chronos_config.n_tokens"
     ):
         ChronosT5Config.from_published({})

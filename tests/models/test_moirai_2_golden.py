@@ -178,9 +178,9 @@ def check_series(io, case, model, params):
     made = [model.prepare(x, context) for x in series]
     past = tuple(jnp.concatenate(leaves) for leaves in zip(*made, strict=True))
     real = jnp.asarray([min(x.shape[-1], context) for x in series])
-    is_pad = jnp.arange(context)[None] < context - real[:, None]
-    y = jax.jit(lambda p, past, pad: model.quantiles(p, past, horizon, is_pad=pad))(
-        params, past, is_pad
+    begun = jnp.arange(context)[None] >= context - real[:, None]
+    y = jax.jit(lambda p, past, begun: model.quantiles(p, past, horizon, begun_BT=begun))(
+        params, past, begun
     )
     check(y, want, past, case, model.horizon)
     i = min(range(len(series)), key=lambda i: series[i].shape[-1])

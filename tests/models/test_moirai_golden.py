@@ -99,9 +99,9 @@ def test_golden_choice_of_the_patch_size(recorded):
             model.config.patch_sizes,
         )
         run = jax.jit(
-            lambda p, past, pad, h=horizon, n=context: model.best_future(p, past, h, n, pad)
+            lambda p, past, begun, h=horizon, n=context: model.best_future(p, past, h, n, begun)
         )
-        y, losses = run(params, past, more["is_pad"])
+        y, losses = run(params, past, more["begun_BT"])
         packed.close(losses, io[f"{case}/out/val_loss"], case, packed.NLL_RTOL)
         best = io[f"{case}/out/chosen_patch_index"]
         np.testing.assert_array_equal(np.argmin(losses, 0), best)

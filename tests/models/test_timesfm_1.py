@@ -79,14 +79,13 @@ def test_a_data_set_chooses_the_class_of_frequency(params):
 def test_the_scale_is_that_of_the_first_patch_with_three_values(params):
     model, x = TimesFM1(CONFIG), np.zeros((3, 24), np.float32)
     x[:, 8:16], x[:, 16:] = np.arange(8), 100.0
-    padding = np.zeros_like(x)
-    padding[0, :6] = padding[1, :5] = padding[2, :22] = (
-        1  # 2, 3 and no observed values in the first patch
-    )
-    _, taps = jax.jit(model.apply)(params, x, padding)
+    observed = np.ones(x.shape, bool)
+    # 2, 3 and no observed values in the first patch
+    observed[0, :6] = observed[1, :5] = observed[2, :22] = False
+    _, taps = jax.jit(model.apply)(params, x, observed)
     np.testing.assert_allclose(taps["mean"], [3.5, 0.0, 100.0])
     np.testing.assert_allclose(taps["std"], [np.arange(8).std(), 1e-6, 1e-6])
-    np.testing.assert_array_equal(taps["padded"], [[0, 0, 0], [0, 0, 0], [1, 1, 0]])
+    np.testing.assert_array_equal(taps["observed"], [[1, 1, 1], [1, 1, 1], [0, 0, 1]])
 
 
 def test_padding_in_front_changes_nothing(params):
@@ -96,8 +95,8 @@ def test_padding_in_front_changes_nothing(params):
     model, x = TimesFM1(CONFIG), np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
     apply = jax.jit(model.apply)
     alone, _ = apply(params, x)
-    padding = np.repeat([1.0, 0.0], 16)[None].repeat(2, axis=0)
-    padded, _ = apply(params, np.concatenate([np.full_like(x, 9.0), x], axis=1), padding)
+    observed = np.repeat([False, True], 16)[None].repeat(2, axis=0)
+    padded, _ = apply(params, np.concatenate([np.full_like(x, 9.0), x], axis=1), observed)
     np.testing.assert_allclose(padded[:, 2:], alone, rtol=1e-5, atol=1e-5)
 
 

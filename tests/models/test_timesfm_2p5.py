@@ -46,9 +46,9 @@ def test_published_parameter_counts(name):
 def test_the_scale_runs_along():
     """Each patch sees the mean and the deviation of all values up to its own end."""
     x = np.random.default_rng(0).normal(3, 2, size=(2, 5, 4)).astype(np.float32)
-    padding = np.zeros_like(x)
-    padding[1, :2], padding[1, 2, 0] = 1, 1
-    mean, std = mean_and_deviation(running_stats(x, padding))
+    observed = np.ones(x.shape, bool)
+    observed[1, :2], observed[1, 2, 0] = False, False
+    mean, std = mean_and_deviation(running_stats(x, observed))
     for i in range(5):
         np.testing.assert_allclose(mean[0, i], x[0, : i + 1].mean(), rtol=1e-5)
         np.testing.assert_allclose(std[0, i], x[0, : i + 1].std(), rtol=1e-5)
@@ -56,8 +56,8 @@ def test_the_scale_runs_along():
     seen = x[1].ravel()[9:]
     np.testing.assert_allclose(mean[1, -1], seen.mean(), rtol=1e-5)
     np.testing.assert_allclose(std[1, -1], seen.std(), rtol=1e-5)
-    first = running_stats(x[:, :3], padding[:, :3])
-    rest = running_stats(x[:, 3:], padding[:, 3:], tuple(y[:, -1] for y in first))
+    first = running_stats(x[:, :3], observed[:, :3])
+    rest = running_stats(x[:, 3:], observed[:, 3:], tuple(y[:, -1] for y in first))
     np.testing.assert_allclose(rest[1], mean[:, 3:], rtol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_keys_and_values_that_are_kept_change_nothing(params):
     model, m, n = TimesFM2p5(CONFIG), CONFIG.output_len // CONFIG.patch_len, 3
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, n * CONFIG.patch_len)), jnp.float32)
     y, _, more, _ = jax.jit(
-        lambda x: model.decode(params, x, jnp.zeros_like(x), 2 * CONFIG.output_len)
+        lambda x: model.decode(params, x, jnp.ones_like(x, bool), 2 * CONFIG.output_len)
     )(x)
     again, *_ = jax.jit(lambda x: model.apply(params, x))(
         jnp.concatenate([x, y[:, -1, :, CONFIG.point_column]], axis=1)

@@ -115,7 +115,7 @@ def test_golden_network(recorded, case):
     recorded.require(f"{case}/out/output_ts")
     io, ours = recorded.io, names_of(recorded.model)
     z, masks = io[f"{case}/in/inputs"], io[f"{case}/in/masks"]
-    y, spread, _, taps = network(recorded.model, recorded.params, z, masks)
+    y, spread, _, taps = network(recorded.model, recorded.params, z, ~masks)
     valid = io.get(f"{case}/in/valid_patch", ~masks[..., -1])
     last = f"layer_{len(recorded.model.config.layers) - 1}"
     got = {"input_embeddings": taps["embed"], "output_embeddings": taps[last], "output_ts": y}
@@ -136,7 +136,7 @@ def decoded(recorded, case):
     io = recorded.io
     horizon = int(io[f"{case}/in/horizon"])
     return decode(
-        recorded.model, horizon, recorded.params, io[f"{case}/in/inputs"], io[f"{case}/in/masks"]
+        recorded.model, horizon, recorded.params, io[f"{case}/in/inputs"], ~io[f"{case}/in/masks"]
     )
 
 
@@ -223,7 +223,7 @@ def parts_of_the_train_loss(model, io, params):
     last patch.
     """
     y, spread, *_ = model.decode(
-        params, io["train/in/inputs"], io["train/in/masks"], model.config.output_len
+        params, io["train/in/inputs"], ~io["train/in/masks"], model.config.output_len
     )
     target, levels = jnp.asarray(io["train/in/target"]), model.config.quantiles
     h = target.shape[1]

@@ -82,8 +82,8 @@ def test_the_scale_takes_in_the_medians():
     stats = (np.array([2.0, 4.0]), np.array([2.0, 4.0]), np.array([1.0, values.std()]))
     stats = tuple(np.pad(x, (0, 3), mode="edge").reshape(1, 1, 5).astype(np.float32) for x in stats)
     median = np.random.default_rng(0).normal(size=(1, 1, 5, 4)).astype(np.float32)
-    hidden = np.array([[False, False, True, True, True]])
-    mean, std = refine(stats, median, hidden, 2, 1e20)
+    shown = np.array([[True, True, False, False, False]])
+    mean, std = refine(stats, median, shown, 2, 1e20)
     np.testing.assert_array_equal(mean[0, 0, :2], [2, 4])
     np.testing.assert_array_equal(std[0, 0, :2], stats[2][0, 0, :2])
 
@@ -118,7 +118,7 @@ def test_lines_are_fitted_to_what_is_observed():
     missing = np.random.default_rng(1).random(x.shape) < 0.2
     missing[0, -2], missing[0, -1] = True, True
     missing[0, -2, 7] = False
-    found = jax.jit(lambda x, missing: fit_trend(x, missing, 0.5))(x, missing)
+    found = jax.jit(lambda x, observed: fit_trend(x, observed, 0.5))(x, ~missing)
     used = dict(zip(rows, np.asarray(found.used)[0].tolist(), strict=True))
     assert used == dict.fromkeys(rows, False) | {"line": True, "far line": True}
     for i, name in enumerate(rows):

@@ -40,19 +40,19 @@ FLAGS = {
 FORECAST = "default symmetric positive unsorted znorm all long"
 COVARIATES = "plain edge all"
 EVALUATOR = "univariate chunks"
-NAMES = ("x_BCNP", "missing_BCNP", "is_target_BCN", "hidden_BN")  # what `apply` takes, in order
+NAMES = ("x_BCNP", "observed_BCNP", "is_target_BCN", "shown_BN")  # what `apply` takes, in order
 
 apply = jax.jit(
     lambda model, freeze_after, *args: model.apply(*args, freeze_after=freeze_after),
     static_argnums=(0, 1),
 )
 lay_out = jax.jit(
-    lambda model, horizon, x, missing, *known: model.lay_out(x, missing, horizon, *known),
+    lambda model, horizon, x, observed, *known: model.lay_out(x, observed, horizon, *known),
     static_argnums=(0, 1),
 )
 decode = jax.jit(
-    lambda model, horizon, params, x, missing, *known: model.decode(
-        params, x, missing, horizon, *known
+    lambda model, horizon, params, x, observed, *known: model.decode(
+        params, x, observed, horizon, *known
     ),
     static_argnums=(0, 1),
 )
@@ -203,14 +203,15 @@ def check_steps(recorded, case, taps, scale):
 
 
 def inputs(io, case):
-    """What `apply` takes."""
+    """What `apply` takes; the original's masks are True where no value is, or none is shown."""
     names = ("values", "masks", "patch_is_target", "patch_cpm_mask")
-    return [io.get(f"{case}/in/{name}") for name in names]
+    x, missing, is_target, hidden = (io.get(f"{case}/in/{name}") for name in names)
+    return [x, ~missing, is_target, None if hidden is None else ~hidden]
 
 
-def largest(x, missing):
+def largest(x, observed):
     """The largest absolute value [B, C] of what is known of series [B, C, ...]."""
-    found = np.where(missing | np.isnan(x), 0.0, np.abs(x))
+    found = np.where(observed & ~np.isnan(x), np.abs(x), 0.0)
     return found.reshape(*x.shape[:2], -1).max(-1)
 
 
@@ -235,33 +236,33 @@ def test_golden_network(recorded, case):
 def series(io, case):
     """The recorded targets and covariates as `decode` takes them.
 
-    Returns: (horizon, x, missing), then (known, unknown) where something is known ahead.
+    Returns: (horizon, x, observed), then both of what is known ahead, if anything is.
     """
     target = io[f"{case}/in/target"]
     t = target.shape[-1]
-    x, missing = [target], [io.get(f"{case}/in/target_mask", np.zeros(target.shape, bool))]
+    x, observed = [target], [~io.get(f"{case}/in/target_mask", np.zeros(target.shape, bool))]
     for name, mask in (
         ("past_only_covariates", "past_only_mask"),
         ("past_future_covariates", "past_future_mask"),
     ):
         if f"{case}/in/{name}" in io:
             x.append(io[f"{case}/in/{name}"])
-            missing.append(io.get(f"{case}/in/{mask}", np.zeros(x[-1].shape, bool)))
+            observed.append(~io.get(f"{case}/in/{mask}", np.zeros(x[-1].shape, bool)))
     together = np.concatenate([part[..., :t] for part in x], axis=1)
-    gone = np.concatenate([part[..., :t] for part in missing], axis=1)
+    there = np.concatenate([part[..., :t] for part in observed], axis=1)
     if f"{case}/in/mask" in io:
-        gone = gone | io[f"{case}/in/mask"][:, None]
+        there = there & ~io[f"{case}/in/mask"][:, None]
     if x[-1].shape[-1] == t:
-        return int(io[f"{case}/in/horizon"]), together, gone
-    return x[-1].shape[-1] - t, together, gone, x[-1][..., t:], missing[-1][..., t:]
+        return int(io[f"{case}/in/horizon"]), together, there
+    return x[-1].shape[-1] - t, together, there, x[-1][..., t:], observed[-1][..., t:]
 
 
-def scale_of(x, missing, known=None, unknown=None):
+def scale_of(x, observed, known=None, known_observed=None):
     """Largest values [B, C] of series and of what is known ahead of the last ones."""
-    scale = largest(x, missing)
+    scale = largest(x, observed)
     if known is not None:
         shown = known.shape[1]
-        scale[:, -shown:] = np.maximum(scale[:, -shown:], largest(known, unknown))
+        scale[:, -shown:] = np.maximum(scale[:, -shown:], largest(known, known_observed))
     return scale
 
 
@@ -289,8 +290,8 @@ def test_golden_forecast(recorded, case):
     if model.config.detrending:
         within(trend.slope, io[f"act/{case}/m_trend"], rel * scale, "slope")
         within(trend.level, io[f"act/{case}/c_trend"], rel * scale, "level")
-    for ours, theirs in (("missing_BCNP", "masks"), ("is_target_BCN", "patch_is_target")):
-        np.testing.assert_array_equal(placed[ours], io[f"act/{case}/{theirs}"])
+    np.testing.assert_array_equal(placed["observed_BCNP"], ~io[f"act/{case}/masks"])
+    np.testing.assert_array_equal(placed["is_target_BCN"], io[f"act/{case}/patch_is_target"])
     within(placed["x_BCNP"], io[f"act/{case}/values"], rel * scale, "values")
     context, ahead = io[f"act/{case}/num_patches"]
     assert model.outputs(horizon)[1] == ahead and placed["x_BCNP"].shape[2] == context + ahead
@@ -433,7 +434,7 @@ def check_wrapper(recorded, case, queries, size, options):
     horizon, want = int(io[f"{case}/in/horizon"]), io[f"{case}/out/quantiles"]
     got = forecasts(recorded, queries, horizon, size, options)
     for i, query in enumerate(queries):
-        scale = largest(query.context[None], np.isnan(query.context)[None])[0]
+        scale = largest(query.context[None], ~np.isnan(query.context)[None])[0]
         each = want[i].reshape(got[i].shape)
         within(got[i], each, recorded.rel(case) * scale, f"{case}: series {i}")
     if f"{case}/out/forecast" in io:
@@ -513,7 +514,7 @@ def test_golden_evaluator(recorded, name):
         got = forecasts(recorded, [Query.of(contexts[0], *beside)], horizon, 2, options)[0]
     want = want.reshape(len(queries), 1, *want.shape[-2:])
     for query, y, each in zip(queries, got, want, strict=True):
-        scale = largest(query.context[None], np.isnan(query.context)[None])[0]
+        scale = largest(query.context[None], ~np.isnan(query.context)[None])[0]
         within(y.reshape(each.shape), each, recorded.rel(case) * scale, case)
 
 

@@ -64,7 +64,7 @@ apply = jax.jit(
 
 RECONSTRUCT = jax.jit(lambda model, p, x: model.reconstruct(p, x), static_argnums=0)
 SELF_SUPERVISED = jax.jit(
-    lambda model, p, x, hidden, task: model.self_supervised(p, x, hidden, task),
+    lambda model, p, x, shown, task: model.self_supervised(p, x, shown, task),
     static_argnums=(0, 4),
 )
 PREDICT = jax.jit(lambda model, p, x, h: model.predict(p, x, h), static_argnums=(0, 3))
@@ -307,7 +307,7 @@ def test_golden_self_supervised_checkpoint(recorded, tmp_path, golden_dir):
         compared = 0
         for task in (t.name for t in model.config.tasks if f"{t.name}/cls_out" in io):
             x, hidden = io[f"{task}/x"], io[f"{task}/token_mask"]
-            mask_out, cls_out = SELF_SUPERVISED(model, params, bvt(x), hidden, task)
+            mask_out, cls_out = SELF_SUPERVISED(model, params, bvt(x), hidden == 0, task)
             check(mask_out, io[f"{task}/mask_out"], x, f"{task}, tokens")
             check(cls_out, io[f"{task}/cls_out"], x, f"{task}, classification token")
             for name, y in (("loss_mask", mask_out), ("loss_cls", cls_out)):
