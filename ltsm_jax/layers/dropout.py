@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers.threefry import random_words
+
 
 class Dropout(nn.Module):
     """Zeroes each value with probability `rate` and scales the others up, from 16 random bits a
@@ -24,7 +26,7 @@ class Dropout(nn.Module):
             return x
         kept = round((1 - self.rate) * 2**16)
         n = math.prod(x.shape)
-        words = jax.random.bits(self.make_rng("dropout"), (-(-n // 2),), jnp.uint32)
+        words = random_words(self.make_rng("dropout"), -(-n // 2))
         bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:n].reshape(x.shape)
         return jnp.where(
             bits < jnp.uint16(kept), x * jnp.asarray(2**16 / kept, x.dtype), jnp.zeros_like(x)

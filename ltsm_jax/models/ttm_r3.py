@@ -150,22 +150,14 @@ def smooth(y_BCT: jax.Array, seen_BCT: jax.Array | None = None) -> jax.Array:
     span = min(span + (span % 2 == 0), t if t % 2 else t - 1)
     offsets = np.arange(span) - (span - 1) / 2
     kernel = np.exp(-((offsets / (0.25 * span)) ** 2) / 2)
-    kernel = jnp.asarray(kernel / kernel.sum(), jnp.float32)
+    filter_2SS = _filter(kernel / kernel.sum())
     seen_BCT = jnp.ones_like(y_BCT) if seen_BCT is None else seen_BCT
     total = jnp.maximum(seen_BCT.sum(axis=-1, keepdims=True), 1.0)
 
-    def averaged(x):
+    def averaged(x_BCT):
         """Average the neighbours of each step, mirrored at the ends."""
-        x = jnp.pad(x, ((0, 0), (0, 0), (span // 2, span // 2)), mode="reflect")
-        rows = x.reshape(-1, 1, x.shape[-1])
-        found = jax.lax.conv_general_dilated(
-            rows,
-            kernel[None, None],
-            window_strides=(1,),
-            padding="VALID",
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        return found.reshape(y_BCT.shape)
+        ends = ((0, 0), (0, 0), (span // 2, span // 2))
+        return _filtered(jnp.pad(x_BCT, ends, mode="reflect"), filter_2SS)[..., :t]
 
     def weighted(weights):
         trend = averaged(y_BCT * weights) / (averaged(weights) + LEAST_WEIGHT)
@@ -183,12 +175,60 @@ def smooth(y_BCT: jax.Array, seen_BCT: jax.Array | None = None) -> jax.Array:
     return trend
 
 
-def _lower_median(x_BCT, seen_BCT):
+def _filter(kernel_S: np.ndarray) -> jax.Array:
+    """The matrix [2S, S] that filters S neighbouring steps, from those and the S steps after."""
+    span = len(kernel_S)
+    found = np.zeros((2 * span, span), np.float32)
+    for step in range(span):
+        found[step : step + span, step] = kernel_S
+    return jnp.asarray(found)
+
+
+def _filtered(x_BCT: jax.Array, filter_2SS: jax.Array) -> jax.Array:
+    """Filter each step with the S - 1 after it: [B, C, T] -> [B, C, at least T - S + 1].
+
+    A product of matrices takes a tenth of the time that XLA's convolution of one channel takes on
+    a CPU.
+    """
+    span = filter_2SS.shape[1]
+    pieces = 1 + -(-(x_BCT.shape[-1] - span + 1) // span)
+    missing = max(pieces * span - x_BCT.shape[-1], 0)
+    x_BCT = jnp.pad(x_BCT, ((0, 0), (0, 0), (0, missing)))[..., : pieces * span]
+    x_BCNS = x_BCT.reshape(*x_BCT.shape[:2], pieces, span)
+    pairs = jnp.concatenate([x_BCNS[:, :, :-1], x_BCNS[:, :, 1:]], axis=-1)
+    y_RS = jnp.matmul(pairs.reshape(-1, 2 * span), filter_2SS, precision=jax.lax.Precision.HIGHEST)
+    return y_RS.reshape(*x_BCT.shape[:2], -1)
+
+
+def _lower_median(x_BCT: jax.Array, seen_BCT: jax.Array) -> jax.Array:
     """Median [B, C, 1] of what is seen, the lower of two middle values; 0 where nothing is."""
-    ordered = jnp.sort(jnp.where(seen_BCT > 0, x_BCT, jnp.inf), axis=-1)
-    count = seen_BCT.sum(axis=-1, keepdims=True).astype(jnp.int32)
-    middle = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0) // 2, axis=-1)
-    return jnp.where(count > 0, middle, 0.0)
+    count_BC1 = seen_BCT.sum(axis=-1, keepdims=True).astype(jnp.int32)
+    middle = _smallest(jnp.where(seen_BCT > 0, x_BCT, jnp.inf), jnp.maximum(count_BC1 - 1, 0) // 2)
+    return jnp.where(count_BC1 > 0, middle, 0.0)
+
+
+def _smallest(x_BCT: jax.Array, rank_BC1: jax.Array) -> jax.Array:
+    """The value [B, C, 1] of float32 x that so many others are smaller than; not of NaN.
+
+    Its 32 bits one after the other: counting what is smaller takes a tenth of the time that XLA
+    takes to sort on a CPU.
+    """
+    order_BCT = _as_ordered_bits(jax.lax.bitcast_convert_type(x_BCT, jnp.int32))
+
+    def take_bit(i, found_BC1):
+        bit = jnp.left_shift(jnp.int32(1), 31 - i)  # the first is the sign: it wraps to 0
+        larger_BC1 = found_BC1 + bit
+        smaller = (order_BCT < larger_BC1).sum(axis=-1, keepdims=True, dtype=jnp.int32)
+        return jnp.where(smaller <= rank_BC1, larger_BC1, found_BC1)
+
+    least = jnp.full(rank_BC1.shape, jnp.iinfo(jnp.int32).min)
+    found = _as_ordered_bits(jax.lax.fori_loop(0, 32, take_bit, least))
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def _as_ordered_bits(bits: jax.Array) -> jax.Array:
+    """Integers in the order of the floats with these bits; and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _stacks_of(part: str) -> tuple[LayerStack, ...]:
@@ -358,7 +398,7 @@ class TTMR3(Forecasts):
         # Smoothing mirrors a few steps at either end, which a shorter series lacks.
         few = max(LEAST_STEPS - z_BCT.shape[-1], 0)
         z_BCT = jnp.pad(z_BCT, ((0, 0), (0, 0), (few, 0)))
-        smooth_BCT = jax.lax.stop_gradient(smooth(z_BCT))
+        smooth_BCT = smooth(jax.lax.stop_gradient(z_BCT))
         rest_BCL = (z_BCT - smooth_BCT)[..., -cfg.residual.context_len :]
         taps = {
             "scaled": z_BCT,
@@ -422,8 +462,8 @@ class TTMR3(Forecasts):
         z_BCT = taps["scaled"]
         whole_BCT = jnp.concatenate([z_BCT, jnp.where(seen, scaled_BCH, 0.0)], axis=-1)
         weights = jnp.concatenate([jnp.ones_like(z_BCT), seen.astype(jnp.float32)], axis=-1)
-        # Data to learn from: no gradient is taken through sorting and dividing.
-        trend_BCH = jax.lax.stop_gradient(smooth(whole_BCT, weights))[..., -self.horizon :]
+        # Data to learn from: no gradient is taken through the choice of medians and quotients.
+        trend_BCH = smooth(jax.lax.stop_gradient(whole_BCT), weights)[..., -self.horizon :]
         trend_BCH = jnp.where(seen, trend_BCH, jnp.nan)
         found = (trend_BCH, scaled_BCH - trend_BCH, scaled_BCH)
         return tuple(ttm.of_targets(self.config.trend, x) for x in found)
