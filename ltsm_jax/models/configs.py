@@ -41,8 +41,8 @@ def field_problems(config: Any, *sizes: str) -> list[str]:
         name, value = field.name, getattr(config, field.name)
         choices = _choices(field.type)
         if choices and value not in choices:
-            known = " or ".join(map(str, choices))
-            problems.append(f"{name} must be {known}, got {value!r}")
+            known = ", ".join(map(str, choices))
+            problems.append(f"{name} must be one of {known}, got {value!r}")
         elif name.endswith("dropout") and not 0 <= value < 1:
             problems.append(f"{name} must be in [0, 1), got {value}")
         elif field.type is float and _POSITIVE.search(name) and not value >= 0:

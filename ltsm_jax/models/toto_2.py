@@ -146,7 +146,9 @@ class Toto2Config:
             problems.append(f"min_observed must not be negative, got {self.min_observed}")
         block = self.patch_len if self.block_len is None else self.block_len
         if block < 1 or (self.patch_len > 0 and block % self.patch_len):
-            problems.append(f"block_len must be whole patches of {self.patch_len}, got {block}")
+            problems.append(
+                f"block_len must be whole patches of {self.patch_len} steps, got {block}"
+            )
         if self.qk_dim % 4:
             problems.append(
                 "half of a head turns in pairs, so qk_dim must be a multiple of 4, "

@@ -131,7 +131,7 @@ def test_parameters_of_half_the_width_work(params):
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="patch_size must be auto or one of"):
         using(patch_size=5)
-    with pytest.raises(ValueError, match="joint or independent"):
+    with pytest.raises(ValueError, match="one of joint, independent"):
         using(variates="both")
     with pytest.raises(ValueError, match="multiple of 4"):
         using(head_dim=6)

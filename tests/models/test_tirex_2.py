@@ -455,7 +455,7 @@ def test_configs_that_make_no_sense_are_refused():
         "must rise within": {"levels": (0.5, 0.1, 0.9)},
         "must be an odd number": {"levels": (0.1, 0.9)},
         "symmetric about 0.5": {"levels": (0.1, 0.5, 0.8), "sign_flip": True},
-        "every size must be positive": {"qk_dim": 0},
+        "qk_dim must be positive": {"qk_dim": 0},
         "activation must be one of": {"activation": "tanh"},
     }
     for message, changes in cases.items():
@@ -463,7 +463,7 @@ def test_configs_that_make_no_sense_are_refused():
             dataclasses.replace(CONFIG, **changes)
     of_a_layer = {
         "must make the width 16": {"lstm_heads": 1},
-        "kind must be mlstm or slstm": {"kind": "gru"},
+        "kind must be one of mlstm, slstm": {"kind": "gru"},
         "value must be a width from 0 to 8": {"attn": {"value": 9}},
     }
     for message, changes in of_a_layer.items():

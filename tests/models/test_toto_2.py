@@ -638,7 +638,10 @@ def test_missing_and_strange_keys_are_listed(deep, tmp_path):
         ({"block_len": 6}, "whole patches of 4 steps"),
         ({"fill": "mean"}, "fill must be one of last, linear, zero"),
         ({"gradient": "none"}, "gradient must be one of"),
-        ({"layers": of_kinds("time", "space", "time", check=False)}, "must be time or variate"),
+        (
+            {"layers": of_kinds("time", "space", "time", check=False)},
+            "kind must be one of time, variate",
+        ),
         ({"layers": odd(value=7)}, "width from 0 to 6"),
         ({"residual_mult": 0.0}, "must be positive"),
     ],
