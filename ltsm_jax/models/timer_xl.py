@@ -383,4 +383,5 @@ class TimerXL(Model):
                 window_BCT, y_BCQ = step(window_BCT, None)
                 found.append(y_BCQ)
             y_SBCQ = jnp.stack(found)
-        return end_to_end(y_SBCQ)[..., :horizon]
+        # Windows of one variate each, where variates do not see each other, become rows again.
+        return end_to_end(y_SBCQ)[..., :horizon].reshape(*context_BCT.shape[:2], horizon)

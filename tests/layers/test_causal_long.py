@@ -46,7 +46,9 @@ def test_time_moe_forecasts_the_same(short, monkeypatch):
     horizon = 2 * model.horizon + 1  # three steps with a cache
     called = []
     whole = causal.attend_by_head
-    monkeypatch.setattr(causal, "attend_by_head", lambda *args: called.append(1) or whole(*args))
+    monkeypatch.setattr(
+        causal, "attend_by_head", lambda *args, **named: called.append(1) or whole(*args, **named)
+    )
     found = jax.jit(lambda p, x: model.predict(p, x, horizon).point)(params, context)
     assert len(called) == len(
         model.config.layers

@@ -106,7 +106,7 @@ def test_the_loss_has_no_scale_and_skips_what_is_missing(params):
 def test_config_lists_all_its_problems():
     with pytest.raises(ValueError) as info:
         SundialConfig(4, 8, 8, 3, (), 12, -1, context_len=16, activation="swoosh")
-    for word in ("at least one layer", "must be positive", "even width", "silu"):
+    for word in ("at least one layer", "flow_depth must be 0 to 64, got -1", "even width", "silu"):
         assert word in str(info.value)
 
 

@@ -93,7 +93,7 @@ def test_config_lists_all_its_problems():
         "multiple of 4",
         "one patch (4)",
         "see one another",
-        "relu or gelu",
+        "one of relu, gelu",
     ):
         assert word in str(info.value)
     fields = converter.published(MODEL.config)
