@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from converters import CheckpointError
 from converters import ttm as plain_converter
 from converters import ttm_r3 as converter
 from ltsm_jax import trees
-from ltsm_jax.models import folders, ttm
+from ltsm_jax.models import folders, ttm, ttm_r3
 from ltsm_jax.models.ttm import TTM, Gate, QuantileConfig, TTMConfig
 from ltsm_jax.models.ttm_r3 import PRESETS, TTMR3, TTMR3Config, smooth
 
@@ -76,6 +79,49 @@ def test_smoothing_keeps_the_mean_and_is_not_led_astray_by_one_value():
     shapes = [x[0, 0] - x[0, 0].mean() for x in (calm, moved)]
     assert np.abs(shapes[0] - shapes[1]).max() < 1.0
     np.testing.assert_allclose(moved[0].mean(-1), astray[0].mean(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 6, 40, 333])
+def test_smoothing_is_a_mirrored_average_weighed_by_distances(length):
+    """Against the formula in float64, step by step, with sorted distances."""
+    y = np.random.default_rng(length).normal(size=length) + np.linspace(0, 3, length)
+    span = max(5, round(0.15 * length))
+    span += span % 2 == 0
+    span = min(span, length if length % 2 else length - 1)
+    places = np.arange(span) - span // 2
+    kernel = np.exp(-np.square(places / (0.25 * span)) / 2)
+    kernel /= kernel.sum()
+
+    def averaged(x):
+        return np.convolve(np.pad(x, span // 2, mode="reflect"), kernel, mode="valid")
+
+    def lower_median(x):
+        return np.sort(x)[(len(x) - 1) // 2]
+
+    weights = np.ones(length)
+    for _ in range(3):
+        trend = averaged(y * weights) / (averaged(weights) + 1e-8)
+        trend += (y - trend).mean()
+        distance = y - trend - lower_median(y - trend)
+        share = np.square(distance / (6 * (lower_median(np.abs(distance)) + 1e-8)))
+        weights = np.square(1 - np.minimum(share, 1))
+    found = jax.jit(smooth)(jnp.asarray(y, jnp.float32)[None, None])
+    np.testing.assert_allclose(found[0, 0], trend, atol=5e-5)
+
+
+@given(
+    arrays.arrays(
+        np.float32,
+        st.tuples(st.just(2), st.just(1), st.integers(1, 9)),
+        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    ),
+    st.integers(0, 8),
+)
+@settings(deadline=None)
+def test_the_value_of_a_rank_is_the_sorted_one(x, rank):
+    rank = min(rank, x.shape[-1] - 1)
+    found = ttm_r3._smallest(jnp.asarray(x), jnp.full((2, 1, 1), rank))
+    np.testing.assert_array_equal(found, np.sort(x, axis=-1)[..., rank : rank + 1])
 
 
 def test_values_that_do_not_exist_are_not_smoothed():
