@@ -41,14 +41,12 @@ from ltsm_jax.layers.masks import apply_masks, masks_by_weight
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import Kept, Place, pad, places, without
 from ltsm_jax.sharding import Placement
-from ltsm_jax.trees import Params
+from ltsm_jax.trees import Params, Tree
 
 __all__ = ["pad", "remove"]
 
-Masks = Any
 
-
-def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, Masks]:
+def remove(model: Model, params: Params, masks: Tree) -> tuple[Model, Params, Tree]:
     """Remove the parts of a model that masks have made dead.
 
     Args:

@@ -556,8 +556,8 @@ class Chronos2(Model):
         most = min(max_patches or cfg.max_patches, cfg.max_patches)
         weights = np.outer(masses(paths), masses(cfg.levels)).reshape(-1)
 
-        def every(y):
-            """A row per path, where more than one pass is made."""
+        def for_each_path(y):
+            """Repeat rows once for each path, where more than one pass is made."""
             return y if y is None or horizon <= most * p else jnp.repeat(y, len(paths), axis=0)
 
         found, done = [], 0
@@ -569,10 +569,11 @@ class Chronos2(Model):
                 known = future[..., done : done + step]
             if not found:
                 y_GMRQ, _ = self.apply(params, x, n_patches, same=same, future=known)
-                x, same = every(x), every(same)
+                x, same = for_each_path(x), for_each_path(same)
             else:
                 # Each path gives all quantiles; those of all paths together are the next ones.
-                y, _ = self.apply(params, x, n_patches, same=same, future=every(known))
+                repeated = for_each_path(known)
+                y, _ = self.apply(params, x, n_patches, same=same, future=repeated)
                 y_GMRAQ = jnp.moveaxis(y.reshape(g, len(paths), m, step, -1), 1, 3)
                 y_GMRQ = weighted_quantile(y_GMRAQ.reshape(g, m, step, -1), weights, cfg.levels)
             found.append(y_GMRQ)
