@@ -196,7 +196,9 @@ class TimesFM3Config:
         block, stack = fields["residual_block_config"], fields["transformer_config"]
         layer = stack["transformer"]
         names = ("model_dims", "hidden_dims", "num_heads", "ff_activation", "qk_norm")
-        require_fields("TimesFM 3", layer, (*names, "use_bias", "use_rope_seq", "use_rope_var"))
+        place = "transformer_config.transformer"
+        within = {place: (*names, "use_bias", "use_rope_seq", "use_rope_var")}
+        require_fields("TimesFM 3", {place: layer}, (), **within)
 
         options = {ours: fields[theirs] for theirs, ours in OPTIONS.items() if theirs in fields}
         return cls.of(
