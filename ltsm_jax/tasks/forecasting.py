@@ -445,9 +445,13 @@ def one_batch(
     placement = placement or Placement.of(params)
     size, n = rounded(_batch_size(predictor, windows, placement), windows.n, placement), windows.n
     indices = placement.put_rows(np.minimum(np.arange(size, dtype=np.int32), n - 1))
-    given = predictor, params, windows.over(placement.mesh), indices, placement
+    # Named as in `errors`: arguments that are given in another way compile the function again.
+    given = predictor, params, windows.over(placement.mesh)
+    named: dict[str, Any] = {"indices": indices, "placement": placement}
     return OneBatch(
-        lambda: _batch_errors(*given), lambda: _batch_errors.trace(*given), -(-n // size)
+        lambda: _batch_errors(*given, **named),
+        lambda: _batch_errors.trace(*given, **named),
+        -(-n // size),
     )
 
 
