@@ -10,10 +10,11 @@ from typing import Any
 from converters.fields import Fields, are_levels, dims, layer_count
 from converters.layers import pruned
 from converters.layout import Layout
+from converters.pickles import quoted
 from converters.t5_stack import equal_stacks, stack_fields, stack_rules
 from converters.tables import COPY, DROP, SAME, TRANSPOSE, Rule
-from converters.torch_files import CheckpointError, quoted
 from ltsm_jax.models.chronos_bolt import PRESETS, ChronosBolt, ChronosBoltConfig, activation_of
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = ChronosBolt
 ANCHOR = "input_patch_embedding.hidden_layer.weight"

@@ -12,10 +12,11 @@ from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layout import Layout
+from converters.pickles import quoted
 from converters.t5_stack import equal_stacks, stack_rules
 from converters.tables import COPY, SAME, Rule
-from converters.torch_files import CheckpointError, quoted
 from ltsm_jax.models.chronos_t5 import PRESETS, ChronosT5, ChronosT5Config
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = ChronosT5
 SHARED = "shared.weight"

@@ -19,8 +19,9 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
+from converters.pickles import quoted
 from converters.tables import problem_list
-from converters.torch_files import CheckpointError, quoted
+from ltsm_jax.original_files import CheckpointError
 
 # the deepest published model has 50: a small file must not make us build thousands of layers
 MAX_LAYERS = 128

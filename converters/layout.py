@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from converters.pickles import quoted
 from converters.tables import same_bytes
-from converters.torch_files import quoted
 
 
 @dataclasses.dataclass(frozen=True)

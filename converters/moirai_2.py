@@ -10,8 +10,8 @@ from typing import Any
 
 from converters import packed_tables as packed
 from converters.layout import Layout
+from converters.pickles import quoted
 from converters.tables import SAME, TRANSPOSE, Rule
-from converters.torch_files import quoted
 from ltsm_jax.models.moirai_2 import PRESETS, Moirai2, Moirai2Config
 
 MODEL, SUFFIXES = Moirai2, packed.SUFFIXES

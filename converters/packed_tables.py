@@ -13,8 +13,9 @@ import numpy as np
 from converters.fields import MAX_LAYERS
 from converters.layers import pruned, told
 from converters.layout import Layout
+from converters.pickles import quoted
 from converters.tables import SAME, TRANSPOSE, Rule, Transform, problem_list, split_in, split_out
-from converters.torch_files import CheckpointError, quoted
+from ltsm_jax.original_files import CheckpointError
 
 LAYER = r"encoder\.layers\.(\d+)\."
 SUFFIXES = {

@@ -11,9 +11,9 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
-from converters.torch_files import CheckpointError
 from ltsm_jax.models.configs import HIDDEN_ACTS
 from ltsm_jax.models.sundial import PRESETS, Sundial, SundialConfig
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = Sundial
 EMBED, FLOW_IN = "model.embed_layer.residual_layer.weight", "flow_loss.net.input_proj.weight"

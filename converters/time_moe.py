@@ -11,9 +11,9 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
-from converters.torch_files import CheckpointError
 from ltsm_jax.models.configs import HIDDEN_ACTS
 from ltsm_jax.models.time_moe import PRESETS, TimeMoe, TimeMoeConfig
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = TimeMoe
 EMBED = "model.embed_layer.emb_layer.weight"

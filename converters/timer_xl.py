@@ -14,8 +14,8 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import CONV1, SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
-from converters.torch_files import CheckpointError
 from ltsm_jax.models.timer_xl import PATCHES, PRESETS, TimerXL, TimerXLConfig
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = TimerXL
 LAYER = r"blocks\.attn_layers\.(\d+)\."

@@ -19,8 +19,8 @@ from converters.fields import MAX_LAYERS, MAX_SIZE, Fields, dims, layer_count
 from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import BUFFER, SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
-from converters.torch_files import CheckpointError
 from ltsm_jax.models.timesfm_1 import DECILES, FREQS, PRESETS, TimesFM1, TimesFM1Config, timescales
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = TimesFM1
 TRANSFORMERS = "transformers"  # name of the second table

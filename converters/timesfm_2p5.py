@@ -16,8 +16,8 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, problem_list, split_in, split_out
-from converters.torch_files import CheckpointError
 from ltsm_jax.models.timesfm_2p5 import DECILES, PRESETS, TimesFM2p5, TimesFM2p5Config
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = TimesFM2p5
 TRANSFORMERS = "transformers"  # name of the second table

@@ -16,7 +16,6 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import pruned, told
 from converters.layout import Layout
 from converters.tables import COPY, SAME, TRANSPOSE, Rule, Transform, split_in, split_out
-from converters.torch_files import CheckpointError
 from ltsm_jax.models.tirex_2 import (
     PRESETS,
     PUBLISHED_ACTIVATIONS,
@@ -26,6 +25,7 @@ from ltsm_jax.models.tirex_2 import (
     TiRex2Config,
     activation_named,
 )
+from ltsm_jax.original_files import CheckpointError
 
 MODEL = TiRex2
 BESIDE_YAML = "model-config.yaml"

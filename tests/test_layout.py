@@ -253,7 +253,7 @@ def test_only_models_and_layers_know_flax():
 
 
 def test_one_argument_is_hidden():
-    """What a function depends on is in its signature, but for the runtime of the layers."""
+    """Signatures name all that functions depend on, but for the runtime of the layers."""
     hidden = ("ContextVar", "threading.local")
     found = []
     for path in sources():

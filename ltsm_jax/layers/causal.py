@@ -146,10 +146,8 @@ class CausalAttention(nn.Module):
         if lean and not train and x_BND.shape[1] >= LONG and from_start:
             # What the last query sees is all that any query may see.
             seen_BS = mask_BHNS[:, 0, -1]
-            y_BHNK, w_BHNS = (
-                attend_by_head(q_BHNK, k_BGSK, v_BGSK, seen_BS=seen_BS, scale=scale),
-                None,
-            )
+            y_BHNK = attend_by_head(q_BHNK, k_BGSK, v_BGSK, seen_BS=seen_BS, scale=scale)
+            w_BHNS = None
         else:
             drop = functools.partial(Dropout(self.dropout), train=train)
             y_BHNK, w_BHNS = attend(

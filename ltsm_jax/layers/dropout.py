@@ -13,8 +13,7 @@ class Dropout(nn.Module):
     """Zeroes each value with probability `rate` and scales the others up, from 16 random bits a
     value.
 
-    Random numbers are what dropout costs: with 32 bits a value, as in `nn.Dropout`, they take a
-    tenth of a training step of a large Timer on a CPU and half of a small one's. The rate is
+    Random numbers are what dropout costs, and `nn.Dropout` draws 32 bits a value. The rate is
     rounded to a multiple of 2**-16 and the scale made to match, so the mean is kept exactly.
     """
 

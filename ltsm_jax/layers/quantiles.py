@@ -9,12 +9,12 @@ import numpy as np
 DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def level_problems(levels: Sequence[float]) -> list[str]:
-    """Say what keeps numbers from being levels of quantiles."""
+def level_problems(levels: Sequence[float], name: str = "levels") -> list[str]:
+    """Say what keeps numbers from being levels of quantiles. name: of the field of a config."""
     rise = list(levels) == sorted(set(levels))
     if levels and rise and levels[0] > 0 and levels[-1] < 1:
         return []
-    return [f"levels must rise within (0, 1): {levels}"]
+    return [f"{name} must rise within (0, 1): {levels}"]
 
 
 def pinball(target: jax.Array, quantiles: jax.Array, levels: Sequence[float]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a program computes with: the dtype of its products, its devices, and its platform.
+"""The runtime of a program: the dtype of its products, its devices, and its platform.
 
 The layers that products are taken in lie deep inside a model, and these three are decided far above
 it, by whoever compiles a program. So they travel in two ways. Down to the border of a model, in

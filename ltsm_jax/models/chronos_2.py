@@ -113,7 +113,7 @@ class Chronos2Config:
         chronos = fields.get("chronos_config", {})
         names = ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
         inner = ("context_length", "input_patch_size", "max_output_patches", "quantiles")
-        require_fields("Chronos-2", fields, names, chronos_config=inner)
+        require_fields("Chronos-2", fields, names, inner={"chronos_config": inner})
         patch = chronos["input_patch_size"]
         same = {chronos.get(name, patch) for name in ("output_patch_size", "input_patch_stride")}
         if (

@@ -126,7 +126,7 @@ class ChronosBoltConfig:
         names = ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
         inner = ("context_length", "prediction_length", "quantiles")
         inner += ("input_patch_size", "input_patch_stride")
-        require_fields("Chronos-Bolt", fields, names, chronos_config=inner)
+        require_fields("Chronos-Bolt", fields, names, inner={"chronos_config": inner})
         activation, gated = activation_of(fields)
         return cls.of(
             fields["d_model"],

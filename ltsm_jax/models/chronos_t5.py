@@ -140,18 +140,20 @@ class ChronosT5Config:
         Raises: ValueError naming the fields that are missing, or that say another architecture.
         """
         chronos = fields.get("chronos_config", {})
-        limits = chronos.get("tokenizer_kwargs", {})
         top = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers")
-        inner = (
-            "n_tokens",
-            "n_special_tokens",
-            "pad_token_id",
-            "eos_token_id",
-            "context_length",
-            "prediction_length",
-        )
-        require_fields("Chronos-T5", fields, top, chronos_config=inner)
-        require_fields("Chronos-T5", limits, ("low_limit", "high_limit"))
+        inner = {
+            "chronos_config": (
+                "n_tokens",
+                "n_special_tokens",
+                "pad_token_id",
+                "eos_token_id",
+                "context_length",
+                "prediction_length",
+            ),
+            "chronos_config.tokenizer_kwargs": ("low_limit", "high_limit"),
+        }
+        require_fields("Chronos-T5", fields, top, inner=inner)
+        limits = chronos["tokenizer_kwargs"]
         other = [
             f"{name} is {told!r}, not {known!r}"
             for name, told, known in (

@@ -69,19 +69,27 @@ def refuse(config: Any, problems: list[str]) -> None:
 
 
 def require_fields(
-    checkpoint: str, fields: Mapping[str, Any], names: Iterable[str], **inner: Iterable[str]
+    checkpoint: str,
+    fields: Mapping[str, Any],
+    names: Iterable[str],
+    inner: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
     """Refuse a published config that lacks fields.
 
     Args:
       checkpoint: what it is of, as users call it.
       names: of the fields that there must be.
-      inner: of those within a field that is a mapping of its own, by the name of that field.
-    Raises: ValueError naming all that are missing.
+      inner: of those within a field that is a mapping of its own, by the place of that field:
+        "transformer_config", "transformer_config.transformer".
+    Raises: ValueError naming all that are missing, with their places.
     """
     missing = [name for name in names if name not in fields]
-    for within, own in inner.items():
-        missing += [f"{within}.{name}" for name in own if name not in fields.get(within, {})]
+    for place, own in (inner or {}).items():
+        within: Any = fields
+        for name in place.split("."):
+            within = within.get(name) if isinstance(within, Mapping) else None
+        within = within if isinstance(within, Mapping) else {}
+        missing += [f"{place}.{name}" for name in own if name not in within]
     if missing:
         raise ValueError(f"the config of a {checkpoint} checkpoint lacks {', '.join(missing)}")
 

@@ -158,7 +158,7 @@ class MomentConfig:
         if not isinstance(inner, Mapping):
             raise ValueError("the config of a MOMENT checkpoint lacks t5_config")
         sizes = ("num_layers", "d_model", "d_ff", "num_heads", "d_kv")
-        require_fields("MOMENT", fields, ("seq_len", "patch_len"), t5_config=sizes)
+        require_fields("MOMENT", fields, ("seq_len", "patch_len"), inner={"t5_config": sizes})
         fixed = {
             "transformer_type": ("encoder_only",),
             "patch_stride_len": (fields["patch_len"],),

@@ -134,11 +134,13 @@ class TimesFM2p5Config:
             return cls._from_transformers(fields)
         names = ("input_patch_len", "output_patch_len", "output_quantile_len", "tokenizer")
         names += ("output_projection_point", "output_projection_quantiles")
-        inner = ("num_layers", "transformer")
-        require_fields("TimesFM 2.5", fields, names, stacked_transformers=inner)
+        inner = {
+            "stacked_transformers": ("num_layers", "transformer"),
+            "stacked_transformers.transformer": ("model_dims", "hidden_dims", "num_heads"),
+        }
+        require_fields("TimesFM 2.5", fields, names, inner=inner)
         stack = fields["stacked_transformers"]
         layer = stack["transformer"]
-        require_fields("TimesFM 2.5", layer, ("model_dims", "hidden_dims", "num_heads"))
         rest = {ours: fields[theirs] for theirs, ours in _RENAMED.items() if theirs in fields}
         return cls.of(
             patch_len=fields["input_patch_len"],

@@ -65,8 +65,19 @@ from ltsm_jax.trees import Tree
 
 EPS = 1.1920929e-07  # of float32, which is what PyTorch's RMSNorm takes by default
 
-
 Activation = Literal["relu", "swish", "none"]
+
+# Of one layer in a published config.
+LAYER_FIELDS = (
+    "model_dims",
+    "hidden_dims",
+    "num_heads",
+    "ff_activation",
+    "qk_norm",
+    "use_bias",
+    "use_rope_seq",
+    "use_rope_var",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +153,7 @@ class TimesFM3Config:
 
     def __post_init__(self):
         problems = layer_problems(self.layers, self.head_dim)
-        problems += level_problems(self.quantiles)
+        problems += level_problems(self.quantiles, "quantiles")
         sizes = ("patch_len", "output_len", "d_model", "head_dim", "embed_dim", "context_len")
         problems += field_problems(self, *sizes, "max_context", "max_variates")
         if self.patch_len > 0 and self.output_len % self.patch_len:
@@ -190,15 +201,14 @@ class TimesFM3Config:
             "TimesFM 3",
             fields,
             ("input_patch_len", "output_patch_len", "quantiles"),
-            residual_block_config=("hidden_dims", "use_bias", "activation"),
-            transformer_config=("num_layers", "transformer"),
+            inner={
+                "residual_block_config": ("hidden_dims", "use_bias", "activation"),
+                "transformer_config": ("num_layers", "transformer"),
+                "transformer_config.transformer": LAYER_FIELDS,
+            },
         )
         block, stack = fields["residual_block_config"], fields["transformer_config"]
         layer = stack["transformer"]
-        names = ("model_dims", "hidden_dims", "num_heads", "ff_activation", "qk_norm")
-        place = "transformer_config.transformer"
-        within = {place: (*names, "use_bias", "use_rope_seq", "use_rope_var")}
-        require_fields("TimesFM 3", {place: layer}, (), **within)
 
         options = {ours: fields[theirs] for theirs, ours in OPTIONS.items() if theirs in fields}
         return cls.of(

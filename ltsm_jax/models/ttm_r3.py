@@ -150,7 +150,7 @@ def smooth(y_BCT: jax.Array, seen_BCT: jax.Array | None = None) -> jax.Array:
     span = min(span + (span % 2 == 0), t if t % 2 else t - 1)
     offsets = np.arange(span) - (span - 1) / 2
     kernel = np.exp(-((offsets / (0.25 * span)) ** 2) / 2)
-    filter_2SS = _filter(kernel / kernel.sum())
+    filter_2SS = _toeplitz(kernel / kernel.sum())
     seen_BCT = jnp.ones_like(y_BCT) if seen_BCT is None else seen_BCT
     total = jnp.maximum(seen_BCT.sum(axis=-1, keepdims=True), 1.0)
 
@@ -175,8 +175,8 @@ def smooth(y_BCT: jax.Array, seen_BCT: jax.Array | None = None) -> jax.Array:
     return trend
 
 
-def _filter(kernel_S: np.ndarray) -> jax.Array:
-    """The matrix [2S, S] that filters S neighbouring steps, from those and the S steps after."""
+def _toeplitz(kernel_S: np.ndarray) -> jax.Array:
+    """The matrix [2S, S] that filters S neighbouring steps, given those and the S steps after."""
     span = len(kernel_S)
     found = np.zeros((2 * span, span), np.float32)
     for step in range(span):
@@ -187,8 +187,7 @@ def _filter(kernel_S: np.ndarray) -> jax.Array:
 def _filtered(x_BCT: jax.Array, filter_2SS: jax.Array) -> jax.Array:
     """Filter each step with the S - 1 after it: [B, C, T] -> [B, C, at least T - S + 1].
 
-    A product of matrices takes a tenth of the time that XLA's convolution of one channel takes on
-    a CPU.
+    By a product of matrices, as XLA's convolutions of one channel are slow on CPUs.
     """
     span = filter_2SS.shape[1]
     pieces = 1 + -(-(x_BCT.shape[-1] - span + 1) // span)
@@ -210,8 +209,7 @@ def _lower_median(x_BCT: jax.Array, seen_BCT: jax.Array) -> jax.Array:
 def _smallest(x_BCT: jax.Array, rank_BC1: jax.Array) -> jax.Array:
     """The value [B, C, 1] of float32 x that so many others are smaller than; not of NaN.
 
-    Its 32 bits one after the other: counting what is smaller takes a tenth of the time that XLA
-    takes to sort on a CPU.
+    Finds its 32 bits one after the other by counting what is smaller, as XLA sorts slowly on CPUs.
     """
     order_BCT = _as_ordered_bits(jax.lax.bitcast_convert_type(x_BCT, jnp.int32))
 

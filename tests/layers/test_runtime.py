@@ -1,4 +1,4 @@
-"""What a program computes with, as its layers find it."""
+"""The runtime that layers are traced with."""
 
 import jax
 import jax.numpy as jnp

@@ -280,7 +280,7 @@ def values(width):
         ({"head_dim": 7}, "even"),
         ({"output_len": 12}, "whole patches"),
         ({"patch_len": 0}, "positive"),
-        ({"quantiles": (0.5, 1.0)}, "levels must rise within .0, 1."),
+        ({"quantiles": (0.5, 1.0)}, "quantiles must rise within .0, 1."),
         ({"quantiles": (0.5, 0.1)}, "must rise"),
         ({"value_clip": 0.0}, "value_clip"),
         ({"detrend_threshold": -1.0}, "detrend_threshold"),

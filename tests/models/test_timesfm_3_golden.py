@@ -203,7 +203,7 @@ def check_steps(recorded, case, taps, scale):
 
 
 def inputs(io, case):
-    """What `apply` takes; the original's masks are True where no value is, or none is shown."""
+    """Inputs of `apply`; the original's masks are True where a value is missing or hidden."""
     names = ("values", "masks", "patch_is_target", "patch_cpm_mask")
     x, missing, is_target, hidden = (io.get(f"{case}/in/{name}") for name in names)
     return [x, ~missing, is_target, None if hidden is None else ~hidden]
