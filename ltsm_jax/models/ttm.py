@@ -591,11 +591,12 @@ class Norm(nn.Module):
 PATCH, CHANNEL, FEATURE = 0, 2, 3  # axes of x_PBCD
 
 
-def along(linear: Linear, x_PBCD: jax.Array, axis: int) -> jax.Array:
-    """A linear layer over one axis of x."""
+def along(x_PBCD: jax.Array, axis: int, outputs: int, name: str) -> jax.Array:
+    """A linear layer over one axis of x, of the module that calls this."""
+    linear = Linear((x_PBCD.shape[axis],), (outputs,), transposed=axis == PATCH, name=name)
     if axis == FEATURE:
         return linear(x_PBCD)
-    if axis == PATCH:  # the two transposes are part of the product of matrices
+    if axis == PATCH:
         rest = x_PBCD.shape[1:]
         return linear(x_PBCD.reshape(x_PBCD.shape[0], -1).T).T.reshape(-1, *rest)
     return jnp.swapaxes(linear(jnp.swapaxes(x_PBCD, axis, -1)), axis, -1)
@@ -617,7 +618,7 @@ class Gate(nn.Module):
     def __call__(self, x):
         n = x.shape[self.axis]
         outputs = 2 * n if self.mode == "glu" else n
-        logits = along(Linear((n,), (outputs,), name="linear"), x, self.axis)
+        logits = along(x, self.axis, outputs, name="linear")
         wide = logits.astype(jnp.float32)
         if self.mode == "softmax":
             weights = jax.nn.softmax(wide, axis=self.axis).astype(x.dtype)
@@ -688,9 +689,9 @@ class Mixer(nn.Module):
         # The original gates what enters a mixer over channels, and what leaves the other two.
         if self.gated and axis == CHANNEL:
             h = gate(h)
-        u = taps["up"] = along(Linear((n,), (self.hidden,), name="up"), h, axis)
+        u = taps["up"] = along(h, axis, self.hidden, name="up")
         u = taps["hidden"] = Dropout(self.dropout)(nn.gelu(u, approximate=False), train)
-        h = along(Linear((self.hidden,), (n,), name="down"), u, axis)
+        h = along(u, axis, n, name="down")
         h = taps["mlp"] = Dropout(self.dropout)(h, train)
         if self.gated and axis != CHANNEL:
             h = gate(h)
@@ -1415,7 +1416,7 @@ class TTM(Forecasts):
     def eval_batch(self) -> int:
         # activations that stay in a CPU's cache: half as many again windows a second as in batches
         # of thousands
-        return max(128 // (self.config.n_channels if self.variates == "joint" else 1), 1)
+        return max(64 // (self.config.n_channels if self.variates == "joint" else 1), 1)
 
     @property
     def _network(self) -> TTMNet:
