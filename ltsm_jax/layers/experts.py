@@ -122,9 +122,8 @@ def mixture(
     runtime = runtime or Runtime()
     mesh, parts = runtime.placement.mesh, runtime.placement.row_parts
     if form == "auto":
-        accelerator = (runtime.platform or jax.default_backend()) != "cpu"
         few = _few(chosen_TK.size // parts, kernels[0].shape[0])
-        if accelerator:
+        if not runtime.on_cpu:
             form = "ragged"
         elif mesh is None:
             form = "turns"

@@ -1,10 +1,11 @@
 """Feed-forward layers, plain and gated; activations under the names of published configs."""
 
-import functools
+import math
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.linear import Linear
@@ -17,10 +18,20 @@ def identity(x: jax.Array) -> jax.Array:
     return x
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the share of a standard normal distribution below x.
+
+    By the error function, as in PyTorch, in float32. `nn.gelu` takes its complement, which is exact
+    also where the result is next to nothing, and takes more than twice the time on a CPU.
+    """
+    x_32 = x.astype(jnp.float32)
+    return (x_32 * (0.5 * (1 + jax.lax.erf(x_32 * math.sqrt(0.5))))).astype(x.dtype)
+
+
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": nn.silu,
     "swish": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": nn.gelu,  # the approximation with tanh
     "gelu_pytorch_tanh": nn.gelu,
     "gelu_tanh": nn.gelu,

@@ -3,15 +3,17 @@
 The layers that products are taken in lie deep inside a model, and these three are decided far above
 it, by whoever compiles a program. So they travel in two ways. Down to the border of a model, in
 training, evaluation and measurements, a `Runtime` is an argument like any other. Inside the model
-it would be an argument of every method and module of every family, of which `Linear` and `Experts`
-alone read it. There the layers ask `Runtime.current()` instead, and `Runtime.call` is the one
-place that sets what they find. It is the only hidden argument of the library.
+it would be an argument of every method and module of every family, of which `Linear`, `Experts`
+and `Dropout` alone read it. There the layers ask `Runtime.current()` instead, and `Runtime.call` is
+the one place that sets what they find. It is the only hidden argument of the library.
 """
 
 import contextvars
 import dataclasses
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
+
+import jax
 
 from ltsm_jax.sharding import Placement
 
@@ -32,13 +34,18 @@ class Runtime:
       placement: the devices that share the rows of the batch, which is split by `sharding.BATCH`.
         Each computes the experts of the tokens of its own rows. Left to itself, XLA sorts the
         tokens of all devices by expert, and computes all of them on every device.
-      platform: "cpu", "gpu", "tpu", which decides how experts are computed; None: that of the
-        machine that traces. For programs that are compiled on one machine for another.
+      platform: "cpu", "gpu", "tpu", which decides how experts and dropout are computed; None: that
+        of the machine that traces. For programs that are compiled on one machine for another.
     """
 
     compute: str | None = None
     placement: Placement = dataclasses.field(default_factory=Placement)
     platform: str | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the program runs on a CPU."""
+        return (self.platform or jax.default_backend()) == "cpu"
 
     @staticmethod
     def current() -> "Runtime":

@@ -62,6 +62,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.layers.mlp import gelu
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.positions import require_table
@@ -690,7 +691,7 @@ class Mixer(nn.Module):
         if self.gated and axis == CHANNEL:
             h = gate(h)
         u = taps["up"] = along(h, axis, self.hidden, name="up")
-        u = taps["hidden"] = Dropout(self.dropout)(nn.gelu(u, approximate=False), train)
+        u = taps["hidden"] = Dropout(self.dropout)(gelu(u), train)
         h = along(u, axis, n, name="down")
         h = taps["mlp"] = Dropout(self.dropout)(h, train)
         if self.gated and axis != CHANNEL:
@@ -885,7 +886,7 @@ class QuantileHead(nn.Module):
         h_BCH = taps["filter"] = Filter(cfg.kernel_size, name="filter")(f_BCH)
         h_BCH = taps["norm"] = OverTime(name="norm")(h_BCH)
         h_BCHF = taps["up"] = Linear((1,), (cfg.hidden,), name="up")(h_BCH[..., None])
-        h_BCHF = nn.gelu(h_BCHF, approximate=False)
+        h_BCHF = gelu(h_BCHF)
         if cfg.condition:
             c_BCF, inner = self._condition(x_PBCD)
             taps |= inner
@@ -1068,7 +1069,7 @@ class TTMNet(nn.Module):
             middle = (cfg.patch_len + d) // 2
             table = self.param("freq_table", nn.initializers.zeros, (cfg.freq_vocab, cfg.patch_len))
             up = Linear((cfg.patch_len,), (middle,), name="freq_up")
-            f_BK = nn.gelu(up(table[freq_B]), approximate=False)
+            f_BK = gelu(up(table[freq_B]))
             f_BD = Linear((middle,), (d,), name="freq_down")(f_BK).astype(x_PBCD.dtype)
             taps["freq"] = f_BD
             prefix = jnp.broadcast_to(f_BD[None, :, None], (1, b, c, d))

@@ -36,7 +36,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mse_observed
-from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.mlp import feed_forward, gelu
 from ltsm_jax.layers.network import nested, run_network
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.configs import field_problems, refuse
@@ -349,7 +349,7 @@ class Mix(nn.Module):
         prompt = DynamicLinear(2 * d, cfg.prompt_len, cfg.prompt_len, name="prompt")
         prompt_BVTF = over_tokens(prompt, first, cfg.prompt_len)
         mixed = jnp.concatenate([prompt_BVTF, seq_BVTF, rest], axis=2)
-        y = nn.gelu(jnp.concatenate([mixed, plain], axis=-1), approximate=False)
+        y = gelu(jnp.concatenate([mixed, plain], axis=-1))
 
         y = Dropout(cfg.dropout)(y, train)
         return Dropout(cfg.dropout)(Linear((self.width,), (d,), name="down")(y), train)
