@@ -7,6 +7,7 @@ from the measured time of a step.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -369,14 +370,9 @@ class Fitting:
 
     def state_of(self, moving: Tree) -> Tree:
         """Make the state at the start of a run."""
-        # copies: the steps donate their input, and the caller's arrays must live
-        state = {
-            "params": jax.tree.map(jnp.copy, moving),
-            "optimizer": self.rule.transformation().init(moving),
-        }
-        if self.config.averages:
-            state["average"] = jax.tree.map(jnp.copy, moving)
-        return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
+        return _state_of(
+            moving, rule=self.rule, averages=self.config.averages, best=bool(self.validate)
+        )
 
     def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> None:
         """Take state and position from the start of the run, or from where an earlier launch came
@@ -713,6 +709,20 @@ class Fitting:
             *diagnosis.of_batch(batch, indices, weight, describe=describe),
         ]
         return "\n".join(lines)
+
+
+# One program, where each shape of a copy and of a moment would be one of its own.
+@functools.partial(jax.jit, static_argnames=("rule", "averages", "best"))
+def _state_of(moving: Tree, *, rule: optimizers.Rule, averages: bool, best: bool) -> Tree:
+    """Make the state at the start of a run. averages, best: whether it has these trees."""
+    # copies: the steps donate their input, and the caller's arrays must live
+    state = {
+        "params": jax.tree.map(jnp.copy, moving),
+        "optimizer": rule.transformation().init(moving),
+    }
+    if averages:
+        state["average"] = jax.tree.map(jnp.copy, moving)
+    return state | ({"best": jax.tree.map(jnp.copy, moving)} if best else {})
 
 
 class Pace:
