@@ -591,7 +591,7 @@ class Fitting:
         found = self.validate(trees.combine(kept, self.frozen)) if self.validate else None
         watched = self.watch(trees.combine(kept, self.frozen), epoch + 1) if self.watch else {}
         if self.judge(epoch, found, watched):
-            self.state["best"] = jax.tree.map(jnp.copy, kept)
+            self.state["best"] = _copied(kept)
         if self.config.swa:
             # Not before: a stop inside the validation comes back to this epoch, which must not
             # count twice.
@@ -711,7 +711,12 @@ class Fitting:
         return "\n".join(lines)
 
 
-# One program, where each shape of a copy and of a moment would be one of its own.
+# Both are one program, where each shape of a copy and of a moment would be one of its own.
+@jax.jit
+def _copied(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)
+
+
 @functools.partial(jax.jit, static_argnames=("rule", "averages", "best"))
 def _state_of(moving: Tree, *, rule: optimizers.Rule, averages: bool, best: bool) -> Tree:
     """Make the state at the start of a run. averages, best: whether it has these trees."""
