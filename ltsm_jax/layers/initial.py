@@ -101,8 +101,8 @@ def draw(
     params = {}
 
     # Outside jit the numbers are cut on the host: there each new shape is a program to compile, and
-    # here none is.
-    xp = jnp if traced(key) else np
+    # here none is. (`jnp.asarray` would be one, too.)
+    xp, placed = (jnp, jnp.asarray) if traced(key) else (np, jax.device_put)
     # one draw a kind for all: a generator compiled once and not once per parameter, which takes
     # half a minute
     for kind, generator, kind_key, scale in (
@@ -121,11 +121,11 @@ def draw(
         for path in chosen:
             leaf = flat[path]
             part = scale(rules[path]) * numbers[used : used + leaf.size].reshape(leaf.shape)
-            params[path] = jnp.asarray(part)
+            params[path] = placed(part)
             used += leaf.size
     for path, how in rules.items():
         if isinstance(how, Constant):
-            params[path] = jnp.asarray(xp.full(flat[path].shape, how.value, jnp.float32))
+            params[path] = placed(xp.full(flat[path].shape, how.value, jnp.float32))
         elif callable(how):
             params[path] = how(
                 jax.random.fold_in(key, zlib.crc32(path.encode())), tuple(flat[path].shape)

@@ -223,6 +223,16 @@ def pack(
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *tokens)
 
 
+def one_token(patch: int) -> Tokens:
+    """Shapes of the tokens of one patch and its future, to ask a network for its parameters."""
+
+    def made() -> Tokens:
+        past = observed_series(jnp.zeros((1, 1, patch)))
+        return pack(past, 1, patch, width=patch)
+
+    return jax.eval_shape(made)
+
+
 def future_tokens(n_variates: int, time_steps: int, horizon: int, patch: int) -> tuple[int, int]:
     """First and last-but-one place of the future tokens of `pack`."""
     first = n_variates * -(-time_steps // patch)

@@ -5,6 +5,7 @@ A start is a small value that says how pretrained and random parameters are put 
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args
@@ -256,11 +257,20 @@ def equal_norm_noise(key: jax.Array, params: Params) -> Params:
     counterpart.
     """
     leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    drawn, scales = [], []
+    for one, leaf in zip(keys, leaves, strict=True):
+        z = jax.random.normal(one, (leaf.size,), leaf.dtype)  # the numbers of any other shape
+        drawn.append(z)
+        scales.append(jnp.linalg.norm(leaf.ravel()) / jnp.linalg.norm(z))
+    shapes = tuple(leaf.shape for leaf in leaves)
+    return treedef.unflatten(_scaled(drawn, scales, shapes))
 
-    def draw(key: jax.Array, leaf: jax.Array) -> jax.Array:
-        z = jax.random.normal(key, leaf.shape, leaf.dtype)
-        return z * (jnp.linalg.norm(leaf.ravel()) / jnp.linalg.norm(z.ravel()))
 
-    return treedef.unflatten(
-        [draw(k, leaf) for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)]
-    )
+@functools.partial(jax.jit, static_argnums=2)
+def _scaled(
+    drawn: list[jax.Array], scales: list[jax.Array], shapes: tuple[tuple[int, ...], ...]
+) -> list[jax.Array]:
+    """Multiply each array by its scale and give it its shape: one program for all of them."""
+    parts = zip(drawn, scales, shapes, strict=True)
+    return [(z * scale).reshape(shape) for z, scale, shape in parts]

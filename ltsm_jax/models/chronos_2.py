@@ -37,7 +37,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows, mse_observed, scale_of_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.quantiles import DECILES, at_levels, level_problems, median_of
 from ltsm_jax.layers.residual import ResidualBlock
@@ -328,7 +328,7 @@ class Chronos2(Model):
         cfg = self.config
         one = jax.ShapeDtypeStruct((1, 1, 1, 3 * cfg.patch_len), jnp.float32)
         seen, same = (jax.ShapeDtypeStruct(shape, bool) for shape in ((1, 1, 1), (1, 1, 1)))
-        shapes = jax.eval_shape(Chronos2Net(cfg).init, key, one, one, seen, same)["params"]
+        shapes = parameter_shapes(Chronos2Net(cfg), key, one, one, seen, same)
         factor, d, k = cfg.init_factor, cfg.d_model, cfg.head_dim
 
         def rule(path, shape):

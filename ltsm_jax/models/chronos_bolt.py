@@ -29,7 +29,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.missing import mean_observed, mean_over_rows, scale_of_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
@@ -280,7 +280,7 @@ class ChronosBolt(Model):
         """
         cfg = self.config
         patch = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
-        shapes = jax.eval_shape(ChronosBoltNet(cfg).init, key, patch, patch)["params"]
+        shapes = parameter_shapes(ChronosBoltNet(cfg), key, patch, patch)
 
         def rule(path, shape):
             if path == "tokens":

@@ -27,7 +27,7 @@ from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.layers.missing import mean_observed
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.quantiles import DECILES
 from ltsm_jax.models.configs import refuse, require_fields
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -453,7 +453,7 @@ class ChronosT5(Model):
         """
         cfg = self.config
         ids_11 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        shapes = jax.eval_shape(ChronosT5Net(cfg).init, key, ids_11, ids_11, ids_11)["params"]
+        shapes = parameter_shapes(ChronosT5Net(cfg), key, ids_11, ids_11, ids_11)
 
         def rule(path, shape):
             if path == "shared":

@@ -42,7 +42,7 @@ from ltsm_jax.layers.multiscale import (
     ScaleLora,
     ScaleMixture,
 )
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
@@ -329,17 +329,19 @@ class Moirai(Model):
         """
         cfg = self.config
         patch = max(cfg.patch_sizes)
-        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, width=patch)
-        layout = None
-        if cfg.multiscale:
-            past = observed_series(jnp.zeros((1, 1, patch)))
-            tokens, layout = multiscale.pack_scales(past, 1, patch, width=patch, how=cfg.multiscale)
         net: Any = MoiraiNet(cfg)
-        shapes = jax.eval_shape(lambda k, x: net.init(k, x, patch, layout=layout), key, tokens)[
-            "params"
-        ]
-        if cfg.multiscale:
-            shapes |= {"scale_weights": jax.ShapeDtypeStruct((cfg.multiscale.scales,), jnp.float32)}
+        how = cfg.multiscale
+        if how is None:
+            shapes = parameter_shapes(net, key, packed.one_token(patch), patch)
+        else:
+
+            def of_scales(key):
+                past = observed_series(jnp.zeros((1, 1, patch)))
+                tokens, layout = multiscale.pack_scales(past, 1, patch, width=patch, how=how)
+                return net.init(key, tokens, patch, layout=layout)
+
+            shapes = jax.eval_shape(of_scales, key)["params"]
+            shapes |= {"scale_weights": jax.ShapeDtypeStruct((how.scales,), jnp.float32)}
         return packed.fresh(
             key, shapes, cfg.patch_sizes, d_model=cfg.d_model, own=multiscale.distribution
         )

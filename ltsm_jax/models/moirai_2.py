@@ -32,7 +32,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Normal, draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.mlp import GatedMLP
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, Tokens, observed_series
 from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of
@@ -236,13 +236,7 @@ class Moirai2(Model):
         biases; norms 1.
         """
         cfg = self.config
-        tokens = packed.pack(
-            observed_series(jnp.zeros((1, 1, cfg.patch_size))),
-            1,
-            cfg.patch_size,
-            width=cfg.patch_size,
-        )
-        shapes = jax.eval_shape(Moirai2Net(cfg).init, key, tokens)["params"]
+        shapes = parameter_shapes(Moirai2Net(cfg), key, packed.one_token(cfg.patch_size))
         return draw(key, shapes, torch_rule(shapes, own={"variate_bias": Normal(1.0)}))
 
     def recipe(self) -> Recipe:

@@ -34,7 +34,7 @@ from ltsm_jax.layers.dims import ExpertDims, HeadDims, head_width, layer_problem
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
@@ -387,10 +387,7 @@ class MoiraiMoe(Model):
         """
         cfg = self.config
         patch = max(cfg.patch_sizes)
-        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, width=patch)
-        shapes = jax.eval_shape(lambda k, x: MoiraiMoeNet(cfg).init(k, x, patch), key, tokens)[
-            "params"
-        ]
+        shapes = parameter_shapes(MoiraiMoeNet(cfg), key, packed.one_token(patch), patch)
 
         def rule(path, shape):
             if path == "centroid":

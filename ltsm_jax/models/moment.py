@@ -43,7 +43,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows
-from ltsm_jax.layers.network import run_network
+from ltsm_jax.layers.network import parameter_shapes, run_network
 from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
@@ -374,16 +374,14 @@ class Moment(Model):
         bias 0), [MASK] 0; torch's default U(-1/sqrt(fan_in), 1/sqrt(fan_in)) in the other heads.
         The position table is its formula.
         """
-        return self._draw(key, self._shapes())
+        return self._draw(key, self._shapes(key))
 
-    def _shapes(self) -> Tree:
+    def _shapes(self, key: jax.Array) -> Tree:
         cfg = self.config
         c, n = max(cfg.n_variates, 1), 1 if cfg.head == "reconstruction" else cfg.n_patches
         p_BCNP = jax.ShapeDtypeStruct((1, c, n, cfg.patch_len), jnp.float32)
         m_BCN = jax.ShapeDtypeStruct((1, c, n), jnp.float32)
-        return jax.eval_shape(MomentNet(cfg).init, jax.random.key(0), p_BCNP, m_BCN, m_BCN)[
-            "params"
-        ]
+        return parameter_shapes(MomentNet(cfg), key, p_BCNP, m_BCN, m_BCN)
 
     def _draw(self, key: jax.Array, shapes: Tree) -> Tree:
         d_model, flat = self.config.d_model, flatten(shapes)
@@ -422,7 +420,7 @@ class Moment(Model):
         # The sizes of the head before are no part of the new one's config.
         blank = {"horizon": 0, "n_classes": 0, "n_variates": 0, "reduction": "concat", "head": head}
         model = Moment(dataclasses.replace(self.config, **(blank | sizes)))
-        return model, dict(params) | model._draw(key, {"head": model._shapes()["head"]})
+        return model, dict(params) | model._draw(key, {"head": model._shapes(key)["head"]})
 
     def _need(self, head: Head, what: str) -> None:
         if self.config.head != head:

@@ -33,7 +33,7 @@ from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, GatedMLP
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.patches import token_labels
 from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -300,12 +300,11 @@ class Sundial(Model):
         def of(*shape):
             return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-        shapes = dict(jax.eval_shape(SundialNet(cfg).init, key, of(1, cfg.patch_len))["params"])
+        shapes = dict(parameter_shapes(SundialNet(cfg), key, of(1, cfg.patch_len)))
         network = FlowNet(cfg, name="flow")
-        flow = jax.eval_shape(
-            network.init, key, of(1, 1, cfg.horizon), of(1, 1), of(1, 1, cfg.d_model)
+        shapes["flow"] = parameter_shapes(
+            network, key, of(1, 1, cfg.horizon), of(1, 1), of(1, 1, cfg.d_model)
         )
-        shapes["flow"] = flow["params"]
 
         return draw(key, shapes, normal_rule(cfg.init_std))
 

@@ -36,7 +36,7 @@ from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, GatedMLP
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
@@ -399,7 +399,7 @@ class TimeMoe(Model):
     def init(self, key: jax.Array) -> Tree:
         """N(0, init_std^2) for every matrix, biases 0, norms 1."""
         point_11 = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-        shapes = jax.eval_shape(TimeMoeNet(self.config).init, key, point_11)["params"]
+        shapes = parameter_shapes(TimeMoeNet(self.config), key, point_11)
         return draw(key, shapes, normal_rule(self.config.init_std))
 
     def recipe(self) -> Recipe:

@@ -26,7 +26,7 @@ from ltsm_jax.layers.initial import draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.patches import end_to_end, newest_patches
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.configs import field_problems, refuse, require_fields
@@ -240,7 +240,7 @@ class Timer(Model):
         layers; norms 1, 0.
         """
         patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
-        shapes = jax.eval_shape(TimerNet(self.config).init, key, patch_11P)["params"]
+        shapes = parameter_shapes(TimerNet(self.config), key, patch_11P)
         return draw(key, shapes, torch_rule(shapes))
 
     def recipe(self) -> Recipe:

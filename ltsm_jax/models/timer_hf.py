@@ -37,7 +37,7 @@ from ltsm_jax.layers.initial import draw, normal_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import GatedMLP
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.patches import token_labels
 from ltsm_jax.models.configs import HiddenAct, field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -234,7 +234,7 @@ class TimerHf(Model):
     def init(self, key: jax.Array) -> Tree:
         """N(0, init_std^2) for every matrix, biases 0, norms 1 and 0."""
         patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
-        shapes = jax.eval_shape(TimerHfNet(self.config).init, key, patch_11P)["params"]
+        shapes = parameter_shapes(TimerHfNet(self.config), key, patch_11P)
         return draw(key, shapes, normal_rule(self.config.init_std))
 
     def recipe(self) -> Recipe:

@@ -32,7 +32,7 @@ from ltsm_jax.layers.initial import Normal, draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.patches import end_to_end, newest_patches, token_labels
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.configs import field_problems, refuse
@@ -278,7 +278,7 @@ class TimerXL(Model):
         layers; norms 1, 0; N(0, 1) for the bias between variates.
         """
         patch_111P = jax.ShapeDtypeStruct((1, 1, 1, self.config.patch_len), jnp.float32)
-        shapes = jax.eval_shape(TimerXLNet(self.config).init, key, patch_111P)["params"]
+        shapes = parameter_shapes(TimerXLNet(self.config), key, patch_111P)
         return draw(key, shapes, torch_rule(shapes, own={"variate_bias": Normal(1.0)}))
 
     def recipe(self) -> Recipe:

@@ -34,7 +34,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.layers.quantiles import DECILES, pinball
@@ -397,15 +397,15 @@ class TimesFM1(Model):
         patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
         observed = jax.ShapeDtypeStruct(patches.shape, bool)
         freq = jax.ShapeDtypeStruct((1,), jnp.int32)
-        shapes = jax.eval_shape(TimesFM1Net(cfg).init, key, patches, observed, freq_B=freq)
-        flat = flatten(shapes["params"])
+        shapes = parameter_shapes(TimesFM1Net(cfg), key, patches, observed, freq_B=freq)
+        flat = flatten(shapes)
 
         def rule(path, shape):
             if path == "freq_embed":
                 return Normal(1.0)
             return torch_linear(flat, path) or Constant(float(path.endswith("/ffn_norm/scale")))
 
-        return draw(key, shapes["params"], rule)
+        return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
         source = "google-research/timesfm v1/src/finetuning/finetuning_torch.py: FinetuningConfig"

@@ -32,7 +32,7 @@ from ltsm_jax.layers.initial import draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.residual import ResidualBlock
@@ -421,7 +421,7 @@ class TimesFM2p5(Model):
         patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
         observed = jax.ShapeDtypeStruct(patches.shape, bool)
         none = jax.ShapeDtypeStruct((1,), jnp.int32)
-        shapes = jax.eval_shape(TimesFM2p5Net(cfg).init, key, patches, observed, none)["params"]
+        shapes = parameter_shapes(TimesFM2p5Net(cfg), key, patches, observed, none)
         return draw(key, shapes, torch_rule(shapes, scale=0.0))
 
     def recipe(self) -> Recipe:

@@ -38,7 +38,7 @@ from ltsm_jax.layers.initial import draw, torch_rule
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.quantiles import DECILES, level_problems, pinball
 from ltsm_jax.layers.rope import rotary
@@ -576,7 +576,7 @@ class TimesFM3(Model):
         tokens = jax.ShapeDtypeStruct((1, 1, 1, inputs), jnp.float32)
         seen = jax.ShapeDtypeStruct((1, 1, 1), jnp.bool_)
         positions = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        shapes = jax.eval_shape(TimesFM3Net(cfg).init, key, tokens, seen, positions)["params"]
+        shapes = parameter_shapes(TimesFM3Net(cfg), key, tokens, seen, positions)
         return draw(key, shapes, torch_rule(shapes))
 
     def recipe(self) -> Recipe:

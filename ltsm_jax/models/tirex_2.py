@@ -51,7 +51,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear, compute_dtype
 from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.quantiles import DECILES, level_problems, median_of, pinball
@@ -999,13 +999,8 @@ class TiRex2(Model):
         tokens = jax.ShapeDtypeStruct((1, 2, 1, 2 * cfg.patch_len), jnp.float32)
         known = jax.ShapeDtypeStruct((1, 1), bool)
         seen = jax.ShapeDtypeStruct((1, 2, 2), bool)
-
-        def fresh(key, tokens, known, seen):
-            return TiRex2Net(cfg).init(
-                key, tokens, (1,), known_GA=known, seen_GMM=seen, mixed_GM=None, targets=1, last=1
-            )
-
-        shapes = jax.eval_shape(fresh, key, tokens, known, seen)["params"]
+        given = {"known_GA": known, "seen_GMM": seen, "mixed_GM": None}
+        shapes = parameter_shapes(TiRex2Net(cfg), key, tokens, (1,), targets=1, last=1, **given)
         return draw(key, shapes, functools.partial(self._distribution, flatten(shapes)))
 
     def _distribution(self, flat: Mapping[str, Any], path: str, shape: tuple[int, ...]):

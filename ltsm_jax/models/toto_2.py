@@ -56,7 +56,7 @@ from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, interpolate_missing, mean_observed, mse_observed
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.quantiles import DECILES, pinball
 from ltsm_jax.layers.rope import rotary
@@ -715,7 +715,7 @@ class Toto2(Model):
         patch = jax.ShapeDtypeStruct((1, 1, 1, 2 * cfg.patch_len), jnp.float32)
         seen = jax.ShapeDtypeStruct((1, 1, 1, 1), bool)
         places = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-        shapes = jax.eval_shape(Toto2Net(cfg).init, key, patch, seen, seen, places)["params"]
+        shapes = parameter_shapes(Toto2Net(cfg), key, patch, seen, seen, places)
 
         def rule(path, shape):
             if path.endswith("_tau"):

@@ -63,7 +63,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.mlp import gelu
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.patches import end_to_end
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.configs import field_problems, refuse
@@ -1439,9 +1439,7 @@ class TTM(Forecasts):
             jax.ShapeDtypeStruct(shape, jnp.int32)
             for shape in ((1,), (1, len(cfg.vocab)), (1, c, cfg.spectrum))
         )
-        shapes = jax.eval_shape(
-            self._network.init, key, patches, past, future, freq, categories, bins
-        )["params"]
+        shapes = parameter_shapes(self._network, key, patches, past, future, freq, categories, bins)
         flat = flatten(shapes)
 
         def rule(path, shape):

@@ -37,7 +37,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.mlp import feed_forward, gelu
-from ltsm_jax.layers.network import nested, run_network
+from ltsm_jax.layers.network import nested, parameter_shapes, run_network
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.configs import field_problems, refuse
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -604,7 +604,7 @@ class Units(Model):
         cfg = self.config
         name, size = next(iter(cfg.datasets.items()))
         patch = jax.ShapeDtypeStruct((1, size, 2, cfg.patch_len), jnp.float32)
-        shapes = jax.eval_shape(UnitsNet(cfg, name).init, key, patch)["params"]
+        shapes = parameter_shapes(UnitsNet(cfg, name), key, patch)
         # The names of tokens, which hold a slash for Flax, become branches of the tree.
         flat = flatten(shapes)
         shapes = unflatten(flat)

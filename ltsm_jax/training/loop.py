@@ -7,6 +7,7 @@ from the measured time of a step.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -369,14 +370,9 @@ class Fitting:
 
     def state_of(self, moving: Tree) -> Tree:
         """Make the state at the start of a run."""
-        # copies: the steps donate their input, and the caller's arrays must live
-        state = {
-            "params": jax.tree.map(jnp.copy, moving),
-            "optimizer": self.rule.transformation().init(moving),
-        }
-        if self.config.averages:
-            state["average"] = jax.tree.map(jnp.copy, moving)
-        return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
+        return _state_of(
+            moving, rule=self.rule, averages=self.config.averages, best=bool(self.validate)
+        )
 
     def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> None:
         """Take state and position from the start of the run, or from where an earlier launch came
@@ -595,7 +591,7 @@ class Fitting:
         found = self.validate(trees.combine(kept, self.frozen)) if self.validate else None
         watched = self.watch(trees.combine(kept, self.frozen), epoch + 1) if self.watch else {}
         if self.judge(epoch, found, watched):
-            self.state["best"] = jax.tree.map(jnp.copy, kept)
+            self.state["best"] = _copied(kept)
         if self.config.swa:
             # Not before: a stop inside the validation comes back to this epoch, which must not
             # count twice.
@@ -713,6 +709,25 @@ class Fitting:
             *diagnosis.of_batch(batch, indices, weight, describe=describe),
         ]
         return "\n".join(lines)
+
+
+# Both are one program, where each shape of a copy and of a moment would be one of its own.
+@jax.jit
+def _copied(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "averages", "best"))
+def _state_of(moving: Tree, *, rule: optimizers.Rule, averages: bool, best: bool) -> Tree:
+    """Make the state at the start of a run. averages, best: whether it has these trees."""
+    # copies: the steps donate their input, and the caller's arrays must live
+    state = {
+        "params": jax.tree.map(jnp.copy, moving),
+        "optimizer": rule.transformation().init(moving),
+    }
+    if averages:
+        state["average"] = jax.tree.map(jnp.copy, moving)
+    return state | ({"best": jax.tree.map(jnp.copy, moving)} if best else {})
 
 
 class Pace:

@@ -79,8 +79,10 @@ def refused(file: Path, match: str, **options) -> str:
 
 
 def put(tmp_path: Path, content: bytes) -> Path:
-    (tmp_path / "bad.ckpt").write_bytes(content)
-    return tmp_path / "bad.ckpt"
+    file = tmp_path / "bad.ckpt"
+    file.unlink(missing_ok=True)  # where a file is replaced, ext4 waits for the disk
+    file.write_bytes(content)
+    return file
 
 
 # --- damage

@@ -283,6 +283,7 @@ def test_no_flipped_bit_of_the_shipped_config_is_believed(tmp_path, step):
         for bit in range(8):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
+            file.unlink(missing_ok=True)  # where a file is replaced, ext4 waits for the disk
             file.write_bytes(bytes(damaged))
             try:
                 record = folders.read_config(tmp_path)[1]
@@ -445,6 +446,7 @@ def load_edited(folder: Path, seed: int, n: int) -> int:
         folders.load_folder(folder)
         for i in range(n):
             text = edited(rng, record)
+            file.unlink()  # where a file is replaced, ext4 waits for the disk
             file.write_text(text)
             said = ""
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,16 @@
-"""Forecasts by an original's own package; runs where that is installed, and ours is not.
+"""Forecasts by the originals' own packages; runs where these are installed, and ours is not.
 
-python original.py FAMILY FOLDER inputs.npz outputs.npz
+python original.py
+
+Reads requests from stdin, a line of JSON each: [FAMILY, FOLDER, inputs.npz, outputs.npz]. Answers
+each by a line on stdout: null, or what failed. One process answers many, as importing the packages
+takes longer than most forecasts.
 """
 
+import json
+import os
 import sys
+import traceback
 
 import numpy as np
 import torch
@@ -90,11 +97,24 @@ def ttm(folder, context, horizon, freq):
     return found.swapaxes(1, 2)
 
 
-def main(family, folder, inputs, outputs):
+def write_forecast(family, folder, inputs, outputs):
     given = np.load(inputs)
     found = globals()[family](folder, given["context"], int(given["horizon"]), int(given["freq"]))
     np.savez(outputs, forecast=found.to(torch.float32).numpy())
 
 
+def main():
+    # Whatever the packages print goes to stderr: on stdout there is nothing but answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        problem = None
+        try:
+            write_forecast(*json.loads(line))
+        except Exception:
+            problem = traceback.format_exc()
+        print(json.dumps(problem), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
