@@ -33,3 +33,15 @@ def test_off_and_repeatable():
     assert drop(x, 0.5, train=False) is x and drop(x, 0.0) is x
     np.testing.assert_array_equal(drop(x, 0.5, 3), drop(x, 0.5, 3))
     assert drop(jnp.ones(3, jnp.bfloat16), 0.5).dtype == jnp.bfloat16
+
+
+def test_the_gradient_draws_no_word_again():
+    # Each word costs 20 rounds; XLA's CPU code would draw it for each use.
+    def loss(x, key):
+        y = Dropout(0.5).apply({}, jnp.sin(x), True, rngs={"dropout": key})
+        return jnp.square(y).sum()
+
+    x, key = jnp.ones((64, 33)), jax.random.key(0)
+    alone = jax.jit(loss).lower(x, key).compile().as_text()
+    both = jax.jit(jax.value_and_grad(loss)).lower(x, key).compile().as_text()
+    assert 20 < both.count(" xor(") <= alone.count(" xor(")
