@@ -531,7 +531,9 @@ def odd(**changes):
 
 
 def test_published_configs_come_back():
-    for config in (*PRESETS.values(), dataclasses.replace(DEEP, window=4096, span=16)):
+    for config in (*PRESETS.values(), DEEP):
+        # How a model is used is no part of them: those of ours come back with the original's.
+        config = dataclasses.replace(config, window=4096, span=16)
         told = json.loads(json.dumps(converter.published(config)))
         assert Toto2Config.from_published(told) == config
     for config, said in (
