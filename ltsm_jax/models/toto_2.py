@@ -682,7 +682,8 @@ class Toto2(Model):
 
     @property
     def covariates(self) -> frozenset[str]:
-        return COVARIATES
+        """None where no layer attends over variates: nothing would read them."""
+        return COVARIATES if self.variates == "joint" else frozenset()
 
     @property
     def fixed(self) -> str | None:
@@ -690,7 +691,9 @@ class Toto2(Model):
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
-        return "joint"
+        """Joint where a layer attends over variates; without one, each is forecast by itself."""
+        joint = any(layer.kind == "variate" for layer in self.config.layers)
+        return "joint" if joint else "independent"
 
     @property
     def context_len(self) -> int:
