@@ -240,7 +240,7 @@ def test_nothing_to_train_on_is_refused(tmp_path):
         pretrain.windows(Pretrain(out=tmp_path, generated=0), ltsm_jax.preset("small"))
 
 
-@pytest.mark.parametrize("name", ["timer-tiny", "timer-median", "moirai2-mini"])
+@pytest.mark.parametrize("name", ["timer-tiny", "timer-median", "moirai2-mini", "toto2-mini"])
 def test_a_shipped_model_is_small_and_says_where_it_comes_from(name):
     folder = folders.SHIPPED / name
     files = [f for f in folder.rglob("*") if f.is_file()]
@@ -261,7 +261,7 @@ def test_the_model_of_medians_has_lower_absolute_errors_than_the_one_of_means():
     assert mae["timer-median"] < 0.995 * mae["timer-tiny"]  # 0.5450 and 0.5502
 
 
-@pytest.mark.parametrize("name", ["timer-tiny", "moirai2-mini"])
+@pytest.mark.parametrize("name", ["timer-tiny", "moirai2-mini", "toto2-mini"])
 def test_a_shipped_model_forecasts_series_it_has_not_seen(name):
     model, params = ltsm_jax.load(name)
     series = synthetic.generate(
