@@ -64,6 +64,7 @@ from ltsm_jax import hosts, sharding, storage
 from ltsm_jax.data import Series, prepare, synthetic
 from ltsm_jax.data.corpus import Pool, ScaledWindows, pool, read_folder, shared
 from ltsm_jax.data.splits import borders_of
+from ltsm_jax.data.windows import Windows
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, forecasting, imputation
 from ltsm_jax.tasks.batches import in_batches
@@ -106,6 +107,10 @@ class Pretrain:
     """
     loss: Annotated[str, flags.one_of(LOSSES)] = "own"
     """own, that of the family, or absolute, which teaches the median (see `Model.absolute_loss`)"""
+    ahead: Annotated[int | None, flags.whole(1, unset="the model's horizon")] = None
+    """steps at the end of each training window that are to be predicted: of more than the horizon
+    a decoder learns at as many tokens as they have; a loss that does not reach so far says so
+    """
     choose: bool = True
     """keep the epoch of the lowest validation MSE; --no-choose: the last, however
     far overtrained
@@ -257,6 +262,17 @@ def joined(a: Pool, b: Pool) -> Pool:
     return Pool(train, b.val or a.val, a.notes + b.notes)
 
 
+def split_at(windows: Windows, ahead: int) -> Windows:
+    """The same rows, of which the last `ahead` are the target.
+
+    Raises: ValueError where that leaves no context.
+    """
+    length = windows.context_len + windows.horizon
+    if ahead >= length:
+        raise ValueError(f"--ahead must leave a context in windows of {length} steps, got {ahead}")
+    return dataclasses.replace(windows, context_len=length - ahead, horizon=ahead)
+
+
 def train(args: Pretrain) -> tuple[Model, dict]:
     """Trains (or goes on, or finds it done) and writes OUT/model.
 
@@ -272,6 +288,9 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     chosen = np.random.default_rng(args.seed).permutation(n)[
         : min(per_epoch, n)
     ]  # as many as fill `steps` exactly
+    taught = parts.train.take(np.sort(chosen))
+    if args.ahead is not None:
+        taught = split_at(taught, args.ahead)
     val = None if parts.val is None or not args.choose else ScaledWindows(parts.val)
     mesh = sharding.make_mesh(args.devices.mesh)
     if mesh is not None:
@@ -284,7 +303,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     result = fit(
         objective.loss,
         start,
-        ScaledWindows(parts.train.take(np.sort(chosen))),
+        ScaledWindows(taught),
         config=TrainConfig(
             epochs=epochs,
             batch_size=args.batch_size,
@@ -302,7 +321,8 @@ def train(args: Pretrain) -> tuple[Model, dict]:
         folder=args.out / "train",
         label=args.start or args.preset,
         facts={"preset": args.preset, "config": model.config_to_dict(), "loss": objective.words}
-        | ({"start": args.start} if args.start else {}),
+        | ({"start": args.start} if args.start else {})
+        | ({"ahead": args.ahead} if args.ahead is not None else {}),
     )
     hosts.on_first(shutil.rmtree, args.out / "windows", ignore_errors=True)  # of several hosts
     if not hosts.on_first((args.out / "model").exists):

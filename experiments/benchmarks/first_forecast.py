@@ -31,7 +31,7 @@ from collections.abc import Iterator  # noqa: E402
 from experiments.benchmarks.rows import Benchmark, Measured  # noqa: E402
 
 BATCH = 8
-OURS = re.compile(r"[a-z]+-(tiny|mini|small)")  # sizes that this library has added
+OURS = re.compile(r"[a-z]+\d*-(tiny|mini|small)")  # sizes that this library has added
 # What a process that is timed runs: nothing that reads options, which would be timed too.
 CHILD = "import json, sys; from experiments.benchmarks import first_forecast as f; "
 CHILD += "print(json.dumps(f.one(sys.argv[1], int(sys.argv[2]))))"

@@ -107,7 +107,21 @@ class Moirai2Config:
         )
 
 
-PRESETS = {"Salesforce/moirai-2.0-R-small": Moirai2Config.of(16, 384, 1024, layers=6)}
+PRESETS = {
+    "Salesforce/moirai-2.0-R-small": Moirai2Config.of(16, 384, 1024, layers=6),
+    # ours, small enough to ship and to train on a laptop. Patches as long as the forecast, a day of
+    # quarter hours or four of hours: seasons of 12, 24, 48 and 96 steps begin alike in all of them
+    "moirai2-mini": Moirai2Config.of(
+        96,
+        128,
+        256,
+        layers=4,
+        heads=4,
+        n_patches=1,
+        context_len=672,
+        variates="independent",
+    ),
+}
 
 
 class Residual(nn.Module):

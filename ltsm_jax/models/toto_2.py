@@ -269,6 +269,11 @@ PRESETS = {
     "Datadog/Toto-2.0-313m": Toto2Config.of(32, 1024, 16, layers=24, d_ff=2736),
     "Datadog/Toto-2.0-1B": Toto2Config.of(32, 1536, 24, layers=36, d_ff=4096, norm_eps=5e-4),
     "Datadog/Toto-2.0-2.5B": Toto2Config.of(32, 2048, 32, layers=48, d_ff=5464, norm_eps=5e-4),
+    # ours, small enough to ship and to train on a laptop: series by series, and patches as long as
+    # the forecast (see `moirai2-mini`)
+    "toto2-mini": Toto2Config.of(
+        96, 128, 4, layers=4, d_ff=256, variate_layers=0, window=672, span=1
+    ),
 }
 
 
@@ -677,7 +682,8 @@ class Toto2(Model):
 
     @property
     def covariates(self) -> frozenset[str]:
-        return COVARIATES
+        """None where no layer attends over variates: nothing would read them."""
+        return COVARIATES if self.variates == "joint" else frozenset()
 
     @property
     def fixed(self) -> str | None:
@@ -685,7 +691,9 @@ class Toto2(Model):
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
-        return "joint"
+        """Joint where a layer attends over variates; without one, each is forecast by itself."""
+        joint = any(layer.kind == "variate" for layer in self.config.layers)
+        return "joint" if joint else "independent"
 
     @property
     def context_len(self) -> int:

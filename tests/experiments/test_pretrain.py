@@ -17,7 +17,7 @@ from experiments import folder, pretrain
 from experiments.pretrain import Pretrain
 from ltsm_jax.data import Series, synthetic
 from ltsm_jax.data.corpus import ScaledWindows, pool
-from ltsm_jax.models import folders, timer
+from ltsm_jax.models import folders, moirai_2, timer
 from ltsm_jax.tasks import forecasting
 
 LENGTH = 800
@@ -157,6 +157,36 @@ def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_wi
     assert 0 < max(gaps) < 0.01
 
 
+def test_more_of_a_window_can_be_ahead_than_the_horizon():
+    x = np.arange(900.0, dtype=np.float32)
+    whole = pool([x], 672, 96).train
+    cut = pretrain.split_at(whole, 480)
+    assert (cut.n, cut.context_len, cut.horizon) == (whole.n, 288, 480)
+    batch = cut.gather(jnp.array([0]))
+    start = int(whole.starts[0])
+    np.testing.assert_array_equal(batch["context"][0, 0], x[start : start + 288])
+    np.testing.assert_array_equal(batch["target"][0, 0], x[start + 288 : start + 768])
+    with pytest.raises(ValueError, match="context in windows of 768 steps, got 768"):
+        pretrain.split_at(whole, 768)
+
+
+def test_the_steps_ahead_decide_the_run(finished, tmp_path, monkeypatch):
+    args, _ = finished
+    config = moirai_2.Moirai2Config.of(
+        96, 16, 16, 1, 2, n_patches=1, context_len=672, variates="independent"
+    )
+    monkeypatch.setitem(moirai_2.PRESETS, "small-decoder", config)
+    own = {"preset": "small-decoder", "corpus": None, "evaluate": (), "choose": False, "steps": 2}
+    runs = []
+    for name, ahead in (("horizon", None), ("more", 480)):
+        run = dataclasses.replace(args, out=tmp_path / name, ahead=ahead, **own)
+        pretrain.main(run)
+        runs.append(jax.tree.leaves(ltsm_jax.load(run.out / "model")[1]))
+    assert any((a != b).any() for a, b in zip(*runs, strict=True))
+    record = json.loads((tmp_path / "more" / "train" / "config.json").read_text())
+    assert '"ahead": 480' in json.dumps(record)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["imputation", "anomaly"])
 def test_presets_of_other_tasks_are_trained_for_them(task, tmp_path, monkeypatch):
@@ -210,7 +240,7 @@ def test_nothing_to_train_on_is_refused(tmp_path):
         pretrain.windows(Pretrain(out=tmp_path, generated=0), ltsm_jax.preset("small"))
 
 
-@pytest.mark.parametrize("name", ["timer-tiny", "timer-median"])
+@pytest.mark.parametrize("name", ["timer-tiny", "timer-median", "moirai2-mini", "toto2-mini"])
 def test_a_shipped_model_is_small_and_says_where_it_comes_from(name):
     folder = folders.SHIPPED / name
     files = [f for f in folder.rglob("*") if f.is_file()]
@@ -231,8 +261,9 @@ def test_the_model_of_medians_has_lower_absolute_errors_than_the_one_of_means():
     assert mae["timer-median"] < 0.995 * mae["timer-tiny"]  # 0.5450 and 0.5502
 
 
-def test_the_shipped_model_forecasts_series_it_has_not_seen():
-    model, params = ltsm_jax.load("timer-tiny")
+@pytest.mark.parametrize("name", ["timer-tiny", "moirai2-mini", "toto2-mini"])
+def test_a_shipped_model_forecasts_series_it_has_not_seen(name):
+    model, params = ltsm_jax.load(name)
     series = synthetic.generate(
         1, 256, 768
     )  # of the seed that chose its epoch, not of the one that trained it

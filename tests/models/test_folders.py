@@ -120,7 +120,7 @@ from ltsm_jax.models import folders
 for name in folders.shipped():
     model, params = ltsm_jax.load(name)
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
-    x = np.sin(np.arange(model.config.context_len))[None, None]
+    x = np.sin(np.arange(model.context_len))[None, None]
     predict = jax.jit(model.predict, static_argnums=2)
     wide = predict(params, x, 24).point
     stamps = pd.date_range("2024-01-01", periods=800, freq="h")
