@@ -64,11 +64,10 @@ from ltsm_jax import hosts, sharding, storage
 from ltsm_jax.data import Series, prepare, synthetic
 from ltsm_jax.data.corpus import Pool, ScaledWindows, pool, read_folder, shared
 from ltsm_jax.data.splits import borders_of
-from ltsm_jax.data.windows import Windows
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, forecasting, imputation
 from ltsm_jax.tasks.batches import in_batches
-from ltsm_jax.training import TrainConfig, fit, keys
+from ltsm_jax.training import FitResult, TrainConfig, fit, keys
 
 PARTS = ("val", "test")
 LOSSES = ("own", "absolute")
@@ -262,15 +261,23 @@ def joined(a: Pool, b: Pool) -> Pool:
     return Pool(train, b.val or a.val, a.notes + b.notes)
 
 
-def split_at(windows: Windows, ahead: int) -> Windows:
-    """The same rows, of which the last `ahead` are the target.
+def taught_lengths(model: Model, ahead: int | None) -> tuple[int, int]:
+    """Context and target of a training window: the model's own, or of as many rows the last `ahead`
+    as target.
 
-    Raises: ValueError where that leaves no context.
+    Raises: UsageError where that leaves no context, or where the model does not forecast.
     """
-    length = windows.context_len + windows.horizon
-    if ahead >= length:
-        raise ValueError(f"--ahead must leave a context in windows of {length} steps, got {ahead}")
-    return dataclasses.replace(windows, context_len=length - ahead, horizon=ahead)
+    objective = objective_of(model)
+    if ahead is None:
+        return objective.context, objective.target
+    rows, task = objective.context + objective.target, task_of(model)
+    if task != "forecasting":
+        raise flags.UsageError(f"--ahead is for forecasting, and {task} is what this preset is for")
+    if ahead >= rows:
+        raise flags.UsageError(
+            f"--ahead must leave a context in windows of {rows} steps, got {ahead}"
+        )
+    return rows - ahead, ahead
 
 
 def train(args: Pretrain) -> tuple[Model, dict]:
@@ -280,6 +287,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     """
     began = time.process_time()
     model, start = started_from(args)
+    context_len, horizon = taught_lengths(model, args.ahead)
     parts = shared(functools.partial(windows, args, model), args.out / "windows")
     launch.say("\n".join(parts.notes))
     n = parts.train.n
@@ -288,9 +296,9 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     chosen = np.random.default_rng(args.seed).permutation(n)[
         : min(per_epoch, n)
     ]  # as many as fill `steps` exactly
-    taught = parts.train.take(np.sort(chosen))
-    if args.ahead is not None:
-        taught = split_at(taught, args.ahead)
+    taught = dataclasses.replace(
+        parts.train.take(np.sort(chosen)), context_len=context_len, horizon=horizon
+    )
     val = None if parts.val is None or not args.choose else ScaledWindows(parts.val)
     mesh = sharding.make_mesh(args.devices.mesh)
     if mesh is not None:
@@ -326,37 +334,49 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     )
     hosts.on_first(shutil.rmtree, args.out / "windows", ignore_errors=True)  # of several hosts
     if not hosts.on_first((args.out / "model").exists):
-        provenance = {
-            "source": f"trained from {args.start or 'scratch'} by experiments/pretrain.py on "
-            + " and ".join(
-                ["generated series"] * bool(args.generated) + ["real series"] * bool(args.corpus)
-            )
-            + ("" if args.corpus else " only"),
-            "command": "python -m experiments.pretrain " + shlex.join(sys.argv[1:]),
-            "commit": git_commit(),
-            "seed": args.seed,
-            "steps": result.steps,
-            "loss": objective.words,
-            "windows": {"training": n, "notes": parts.notes},
-            "corpus": corpus_facts(args),
-            "validation": {
-                "of": "real series" if args.corpus else "other generated series",
-                "epochs": result.history,
-            },
-            "cost": {
-                "wall_minutes": round(result.seconds / 60, 1),
-                "cpu_minutes_of_last_launch": round((time.process_time() - began) / 60, 1),
-                "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-            },
-            "versions": {"python": platform.python_version()}
-            | {
-                name: importlib.metadata.version(name)
-                for name in ("jax", "jaxlib", "flax", "optax", "numpy")
-            },
-            "licence": "Apache-2.0",
-        }
+        cpu_minutes = (time.process_time() - began) / 60
+        words = objective.words
+        provenance = provenance_of(args, result, parts, words=words, cpu_minutes=cpu_minutes)
         ltsm_jax.save(args.out / "model", model, result.params, provenance=provenance)
     return model, result.params
+
+
+def provenance_of(
+    args: Pretrain, result: FitResult, parts: Pool, *, words: str, cpu_minutes: float
+) -> dict[str, Any]:
+    """Say how a model came about, for its folder.
+
+    words: the objective's. cpu_minutes: of the last launch.
+    """
+    return {
+        "source": f"trained from {args.start or 'scratch'} by experiments/pretrain.py on "
+        + " and ".join(
+            ["generated series"] * bool(args.generated) + ["real series"] * bool(args.corpus)
+        )
+        + ("" if args.corpus else " only"),
+        "command": "python -m experiments.pretrain " + shlex.join(sys.argv[1:]),
+        "commit": git_commit(),
+        "seed": args.seed,
+        "steps": result.steps,
+        "loss": words,
+        "windows": {"training": parts.train.n, "notes": parts.notes},
+        "corpus": corpus_facts(args),
+        "validation": {
+            "of": "real series" if args.corpus else "other generated series",
+            "epochs": result.history,
+        },
+        "cost": {
+            "wall_minutes": round(result.seconds / 60, 1),
+            "cpu_minutes_of_last_launch": round(cpu_minutes, 1),
+            "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        },
+        "versions": {"python": platform.python_version()}
+        | {
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", "flax", "optax", "numpy")
+        },
+        "licence": "Apache-2.0",
+    }
 
 
 def started_from(args: Pretrain) -> tuple[Model, Any]:

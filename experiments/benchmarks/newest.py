@@ -13,8 +13,9 @@ Cost:  three and a half minutes on 2 CPU cores.
 Gives: windows a second of forecasts from 512 steps, 96 steps far (TTM r3: 16,
        TimesFM 3.0: 128), on each side in the batches that are quickest for
        it; of TTM r3 also windows a second of a training step with its own
-       loss, dropout and AdamW, likewise in parts of the batch whose gradients
-       add up. Both sides run at once and take turns, call by call,
+       loss, dropout and AdamW, the batch in parts whose gradients add up: of
+       ours as many as `accumulate="auto"` says, of the original the quickest
+       of 1, 2, 4 and 8. Both sides run at once and take turns, call by call,
        with as many threads as there are cores; the numbers are medians.
        Beside the clock stand the processor's seconds, which other programs on
        the machine disturb less. Outputs, and the loss before the first step,

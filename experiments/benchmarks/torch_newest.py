@@ -36,8 +36,8 @@ def quickest(forecast, context):
     def batched(size: int):
         return lambda: [forecast(context[i : i + size]) for i in range(0, len(context), size)]
 
-    calls = [batched(size) for size in (512, 256, 128, 64, 32) if size <= len(context)]
-    return _quickest(calls or [batched(len(context))])
+    sizes = [len(context), *(size for size in (256, 128, 64, 32) if size < len(context))]
+    return _quickest([batched(size) for size in sizes])
 
 
 def _quickest(calls):

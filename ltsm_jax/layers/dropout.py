@@ -46,8 +46,8 @@ def _once(draw, key: jax.Array) -> jax.Array:
     """`draw(key)`, an array that is computed once.
 
     XLA's CPU code would draw the words anew for each half of them, for each use of the result and
-    in the backward pass: a twelfth of a training step. It keeps what a branch gives, as long as it
-    cannot tell which one is taken: it is always the first.
+    in the backward pass. It keeps what a branch gives, as long as it cannot tell which one is
+    taken: it is always the first.
     """
     taken = (jax.random.key_data(key).reshape(-1)[0] | 1) > 0
     shape = jax.eval_shape(draw, key)

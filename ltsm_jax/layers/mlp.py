@@ -22,7 +22,7 @@ def gelu(x: jax.Array) -> jax.Array:
     """x times the share of a standard normal distribution below x.
 
     By the error function, as in PyTorch, in float32. `nn.gelu` takes its complement, which is exact
-    also where the result is next to nothing, and takes more than twice the time on a CPU.
+    also where the result is next to nothing, and takes longer on a CPU.
     """
     x_32 = x.astype(jnp.float32)
     return (x_32 * (0.5 * (1 + jax.lax.erf(x_32 * math.sqrt(0.5))))).astype(x.dtype)

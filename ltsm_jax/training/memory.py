@@ -128,7 +128,7 @@ def estimate(
       how: how gradients are computed. runtime: what with, on the devices of the parameters.
       writes_checkpoints: whether the run has a folder.
     """
-    on_cpu, placement = jax.default_backend() == "cpu", runtime.placement
+    on_cpu, placement = runtime.on_cpu, runtime.placement
     sharing = len(placement.mesh.local_devices) if placement.mesh and on_cpu else 1
     kept = kept_by_backward(
         state["params"],

@@ -158,16 +158,22 @@ def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_wi
 
 
 def test_more_of_a_window_can_be_ahead_than_the_horizon():
+    model = timer.Timer(timer.TimerConfig.of(96, 16, 16, 1, 2, context_len=672, horizon=96))
+    assert pretrain.taught_lengths(model, None) == (672, 96)
+    context_len, horizon = pretrain.taught_lengths(model, 480)
+    assert (context_len, horizon) == (288, 480)
     x = np.arange(900.0, dtype=np.float32)
     whole = pool([x], 672, 96).train
-    cut = pretrain.split_at(whole, 480)
-    assert (cut.n, cut.context_len, cut.horizon) == (whole.n, 288, 480)
+    cut = dataclasses.replace(whole, context_len=context_len, horizon=horizon)
+    assert cut.n == whole.n
     batch = cut.gather(jnp.array([0]))
     start = int(whole.starts[0])
     np.testing.assert_array_equal(batch["context"][0, 0], x[start : start + 288])
     np.testing.assert_array_equal(batch["target"][0, 0], x[start + 288 : start + 768])
-    with pytest.raises(ValueError, match="context in windows of 768 steps, got 768"):
-        pretrain.split_at(whole, 768)
+    with pytest.raises(pretrain.flags.UsageError, match="context in windows of 768 steps, got 768"):
+        pretrain.taught_lengths(model, 768)
+    with pytest.raises(pretrain.flags.UsageError, match="imputation is what this preset is for"):
+        pretrain.taught_lengths(ltsm_jax.preset("timer-tiny-imputation"), 96)
 
 
 def test_the_steps_ahead_decide_the_run(finished, tmp_path, monkeypatch):

@@ -31,6 +31,14 @@ def test_the_transposed_form_is_the_same_function(outputs, use_bias):
     chex.assert_trees_all_close(both(plain), both(other), rtol=1e-5, atol=1e-5)
 
 
+def test_a_caller_who_transposes_around_it_pays_for_no_transpose():
+    x, layer = jnp.ones((5, 64)), Linear((5,), (7,), transposed=True)
+    params = jax.tree.map(jnp.ones_like, layer.init(jax.random.key(0), x.T))
+    call = jax.jit(lambda params, x: layer.apply(params, x.T).T)
+    text = call.lower(params, x).compile().as_text()
+    assert "f32[7,64]" in text and "f32[64,7]" not in text and " transpose(" not in text
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gelu_is_that_of_the_definition(dtype):
     x = jnp.linspace(-6, 6, 241).astype(dtype)
