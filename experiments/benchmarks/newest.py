@@ -9,7 +9,7 @@ Run:   python -m experiments.benchmarks.newest --peer-python PATH
 Needs: --peer-python, a Python with the originals: `.ci/run peers` makes one in
        .ci/venv-peers. Without it our side is measured alone.
        4 GB of memory a side.
-Cost:  three and a half minutes on 2 CPU cores.
+Cost:  six minutes on 2 CPU cores.
 Gives: windows a second of forecasts from 512 steps, 96 steps far (TTM r3: 16,
        TimesFM 3.0: 128), on each side in the batches that are quickest for
        it; of TTM r3 also windows a second of a training step with its own
